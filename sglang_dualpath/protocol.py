@@ -143,7 +143,7 @@ class Hello(_Message, frozen=True, tag=str.lower):
 class Offer(_AttemptMessage, frozen=True, tag=str.lower):
     """The pages [`first_page`, `end_page`) may be claimed; those from `storage_end_page` on are in no storage.
 
-    `end_hash` is the page hash of page `end_page` - 1: equal hashes mean equal prompts up to there. A granted claim must
+    `end_hash` is the hash of page `end_page` - 1: equal hashes mean equal prompts up to there. A granted claim must
     be finished within `lease_s`, and this reader gets at most `limit_pages` pages (None: no limit) in chunks of about
     `chunk_pages`.
     """
