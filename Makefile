@@ -1,0 +1,65 @@
+# Two commands, each sets up what it needs: `make demo` and `make test`. The first run installs SGLang (about 11 GB).
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+# What must be covered by unit tests alone: the parts without I/O, where every line can be reached.
+COVERED := ledger policy protocol
+COVERAGE_PERCENT := 95
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help setup demo lint unit e2e test test-all clean distclean
+
+help:
+	@echo "make demo      both load paths on this machine, compared with stock SGLang token by token"
+	@echo "make test      lint, types, layers, unit tests, end-to-end tests"
+	@echo "make test-all  the same, end-to-end tests over the full cross of settings"
+	@echo "make lint      lint, types and layers alone"
+	@echo "make unit      unit tests and their coverage alone"
+	@echo "make clean     remove outputs and caches; make distclean: $(VENV) too"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml platforms/cpu/pyproject.toml scripts/setup.sh
+	@PYTHON="$(PYTHON)" VENV="$(VENV)" bash scripts/setup.sh
+	@touch $@
+
+demo: $(STAMP)
+	@$(BIN)/python -m benchmarks.demo $(DEMO_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check --quiet .
+	$(BIN)/mypy
+	$(BIN)/mypy --config-file platforms/cpu/pyproject.toml platforms/cpu/sglang_cpu_platform
+	@$(BIN)/lint-imports --no-cache > $(VENV)/lint-imports.log || { cat $(VENV)/lint-imports.log; exit 1; }
+	@grep "^Contracts:" $(VENV)/lint-imports.log
+
+unit: $(STAMP)
+	@mkdir -p out
+	$(BIN)/python -m pytest -q -m "not e2e and not gpu" --cov --cov-report= --junitxml=out/unit.xml $(PYTEST_ARGS)
+	@for part in $(COVERED); do \
+	    $(BIN)/coverage report --include="sglang_dualpath/$$part.py,sglang_dualpath/$$part/*" \
+	        --fail-under=$(COVERAGE_PERCENT) > out/coverage-$$part.txt \
+	    || { cat out/coverage-$$part.txt; echo "$$part: less than $(COVERAGE_PERCENT) % covered"; exit 1; }; \
+	    echo "coverage of $$part: $$(sed -n 's/^TOTAL.* //p' out/coverage-$$part.txt)"; \
+	done
+
+e2e: $(STAMP)
+	@mkdir -p out
+	$(BIN)/python -m pytest -m "e2e and not gpu" --durations=10 --junitxml=out/e2e.xml $(PYTEST_ARGS)
+
+test: lint unit e2e
+
+test-all: export DUALPATH_TEST_ALL := 1
+test-all: lint unit e2e
+
+clean:
+	rm -rf out build dist .coverage .coverage.* htmlcov .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache
+	find . -name .git -prune -o -name $(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV) *.egg-info platforms/cpu/*.egg-info
