@@ -1,0 +1,1 @@
+"""Measurements and demonstrations of sglang_dualpath on one machine."""

@@ -1,0 +1,141 @@
+"""Command lines and environments of prefill and decode servers on the CPU platform."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from benchmarks.testbed.model import PAGE_TOKENS
+from benchmarks.testbed.network import Node
+from benchmarks.testbed.processes import clean_environment
+from benchmarks.testbed.store import MOONCAKE_ENVIRONMENT, Store
+
+Role = Literal["prefill", "decode"]
+
+SERVER_MEMORY_BYTES = 3 << 30  # private memory of one server's three processes without its pools
+
+
+@dataclass(frozen=True)
+class ServerSpec:
+    """One server.
+
+    `kv_connector` None is stock SGLang. `hicache` gives it host memory and the store. A stock decode server without it
+    keeps nothing between requests and reads nothing; with it, it reads from the store what it does not hold itself.
+    `extra_flags` come last and win over the flags made here; `extra_env` likewise.
+    """
+
+    role: Role
+    name: str = ""
+    kv_connector: str | None = None
+    hicache: bool = True
+    max_total_tokens: int = 24_000
+    hicache_ratio: float = 1.5
+    transfer_backend: str = "mooncake"
+    chunked_prefill_tokens: int = 8192
+    log_level: str = "info"
+    extra_flags: tuple[str, ...] = ()
+    extra_env: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """Its name, which is its role unless it was given another."""
+        return self.name or self.role
+
+    def memory_bytes(self, kv_bytes: int) -> int:
+        """Expected memory: the processes, the device pool and the host pool (`hicache_ratio` times the device pool)."""
+        ratio = self.hicache_ratio if self.hicache else 0.0
+        return SERVER_MEMORY_BYTES + int(self.max_total_tokens * kv_bytes * (1 + ratio))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a server runs: namespace (None: this machine's own), addresses and ports."""
+
+    namespace: str | None
+    compute_address: str
+    storage_address: str
+    port: int
+    bootstrap_port: int
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.compute_address}:{self.port}"
+
+    @staticmethod
+    def in_node(node: Node, *, port: int, bootstrap_port: int) -> Place:
+        if node.compute_address is None or node.storage_address is None:
+            raise ValueError(f"node {node.name} is not on both networks")
+        return Place(node.namespace, node.compute_address, node.storage_address, port, bootstrap_port)
+
+
+def stock_pair(*, decode_hicache: bool, **settings: object) -> tuple[ServerSpec, ServerSpec]:
+    """Prefill and decode server without our package; `settings` are fields of both."""
+    return (
+        ServerSpec(role="prefill", **settings),  # type: ignore[arg-type]
+        ServerSpec(role="decode", hicache=decode_hicache, **settings),  # type: ignore[arg-type]
+    )
+
+
+def dualpath_pair(**settings: object) -> tuple[ServerSpec, ServerSpec]:
+    """Prefill and decode server with `--kv-connector dualpath`; `settings` are fields of both."""
+    return (
+        ServerSpec(role="prefill", kv_connector="dualpath", **settings),  # type: ignore[arg-type]
+        ServerSpec(role="decode", kv_connector="dualpath", **settings),  # type: ignore[arg-type]
+    )
+
+
+def server_command(spec: ServerSpec, place: Place, store: Store | None, model: Path) -> list[str]:
+    """The command line of a server."""
+    command = [
+        sys.executable, "-m", "sglang.launch_server",
+        "--model-path", str(model),
+        "--host", place.compute_address,
+        "--port", str(place.port),
+        "--device", "cpu",
+        "--page-size", str(PAGE_TOKENS),
+        "--max-total-tokens", str(spec.max_total_tokens),
+        "--chunked-prefill-size", str(spec.chunked_prefill_tokens),
+        "--disaggregation-mode", spec.role,
+        "--disaggregation-transfer-backend", spec.transfer_backend,
+        "--disaggregation-bootstrap-port", str(place.bootstrap_port),
+        "--disable-overlap-schedule",
+        "--sleep-on-idle",  # an idle scheduler otherwise spins and starves the other servers' threads
+        "--enable-metrics",
+        "--enable-cache-report",
+        "--log-level", spec.log_level,
+    ]  # fmt: skip
+    if spec.hicache:
+        if spec.role == "decode":
+            command.append("--disaggregation-decode-enable-radix-cache")
+        command += [
+            "--enable-hierarchical-cache",
+            "--hicache-ratio", str(spec.hicache_ratio),
+            "--hicache-io-backend", "direct",
+            "--hicache-mem-layout", "page_first_direct",
+            "--hicache-write-policy", "write_through",
+            "--hicache-storage-prefetch-policy", "wait_complete",
+            *(store.flags if store else ()),
+        ]  # fmt: skip
+    if spec.kv_connector is not None:
+        command += ["--kv-connector", spec.kv_connector]
+    return [*command, *spec.extra_flags]
+
+
+def server_environment(spec: ServerSpec, place: Place, store: Store | None, base: Mapping[str, str]) -> dict[str, str]:
+    """The whole environment of a server; of `base` everything but proxies and settings of SGLang and Mooncake."""
+    environment = clean_environment(base) | MOONCAKE_ENVIRONMENT
+    environment |= {
+        "SGLANG_PLATFORM": "dualpath_cpu",
+        "OMP_NUM_THREADS": "1",
+        "SGLANG_HOST_IP": place.compute_address,  # what a server tells its peers; also the address of the KV transfers
+        "MOONCAKE_LOCAL_HOSTNAME": place.storage_address,  # of the store's client
+        "GLOO_SOCKET_IFNAME": "lo",  # its ranks are on one node
+        # Health checks would each run a request, and readiness is known without.
+        "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "false",
+    }
+    if store is not None:
+        environment |= dict(store.environment)
+    return environment | dict(spec.extra_env)
