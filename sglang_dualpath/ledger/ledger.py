@@ -7,6 +7,7 @@ back and is barred from them, so each fault makes the set of possible claims sma
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from types import MappingProxyType
@@ -160,14 +161,14 @@ class Ledger:
             return self._refuse(reader, RefusalReason.MET)
         limit: float = reader.limit_left
         if not limit and reader.local:
-            pages_left = self._without_others(pages_left, reader)
+            pages_left = self._without_others(pages_left)
             limit = len(pages_left)
         if not limit:
             return self._refuse(reader, RefusalReason.LIMIT)
         pages_left = self._unreserved(pages_left, now_s)
         if not pages_left:
             return Refusal(RefusalReason.RESERVED, retry=True)
-        pages = min(pages, int(min(limit, self._taper(len(pages_left)))))
+        pages = int(min(pages, limit, self._taper(pages_left)))
         return self._grant(reader, pages_left, pages, Source.STORAGE, now_s)
 
     def _refuse(self, reader: Reader, reason: RefusalReason) -> Refusal:
@@ -205,10 +206,14 @@ class Ledger:
             reader.storage_pages += pages
         return grant
 
-    def _taper(self, pages_left: int) -> float:
+    def _taper(self, spans: Spans) -> int:
         """Half of an equal part of what is left. A reader alone has nobody to wait for, and takes whole chunks."""
-        readers = sum(1 for reader in self._readers.values() if reader.counted_on and reader.limit_left)
-        return -(-pages_left // (2 * readers)) if readers > 1 else pages_left
+        sharing = sum(
+            1
+            for reader in self._readers.values()
+            if reader.counted_on and reader.limit_left and spans.minus(reader.barred)
+        )
+        return math.ceil(len(spans) / (2 * sharing)) if sharing > 1 else len(spans)
 
     def _failed_from(self) -> int:
         """The lowest failed page, or the end."""
@@ -218,11 +223,11 @@ class Ledger:
                 failed = failed.minus(reader.reach(self._storage))
         return failed.lowest[0] if failed else self.end_page
 
-    def _without_others(self, spans: Spans, local: Reader) -> Spans:
-        """Pages that no other reader may claim, or none will for lack of spares until some late writer is heard."""
+    def _without_others(self, spans: Spans) -> Spans:
+        """Pages that no remote reader may claim, or none will for lack of spares until some late writer is heard."""
         for reader in self._readers.values():
             able = self._reserve.spares or not reader.share.exposed
-            if reader is not local and reader.counted_on and able:
+            if not reader.local and reader.counted_on and able:
                 spans = spans.minus(reader.reach(self._storage))
         return spans
 
