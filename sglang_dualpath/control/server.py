@@ -12,6 +12,7 @@ import zmq
 
 from sglang_dualpath.control.auth import TO_CLIENT, TO_SERVER
 from sglang_dualpath.control.loop import QUEUE_LIMIT, ControlErrorKind, ControlLoop, Peer
+from sglang_dualpath.errors import ControlError
 from sglang_dualpath.protocol import (
     Message,
     NoOffer,
@@ -65,7 +66,7 @@ class ControlServer(ControlLoop):
     ) -> None:
         """Binds `bind_host` (a name, IPv4 or IPv6 address, or "*") at `port` (None: any) and starts the thread.
 
-        Raises OSError if that address cannot be bound.
+        Raises ControlError if that address cannot be bound.
         """
         super().__init__(
             name="dualpath-control-server",
@@ -117,7 +118,7 @@ class ControlServer(ControlLoop):
         try:
             router.bind(f"tcp://{host}:{self._bind_port or '*'}")
         except zmq.ZMQError as fault:
-            raise OSError(fault.errno, f"Cannot bind the control socket to {self._bind_host}: {fault}") from fault
+            raise ControlError(f"The control socket cannot be bound to {self._bind_host}: {fault}.") from fault
         self._endpoint = router.get_string(zmq.LAST_ENDPOINT)
         self._router = router
         self._poller.register(router, zmq.POLLIN)
@@ -176,8 +177,11 @@ class ControlServer(ControlLoop):
 
 
 def _address(host: str) -> tuple[str, bool]:
-    """`host` as an address, since ZMQ binds no names, and whether that is IPv6; OSError for an unknown name."""
+    """`host` as an address, since ZMQ binds no names, and whether that is IPv6; ControlError for an unknown name."""
     if host == "*":
         return host, False
-    family, *_, address = socket.getaddrinfo(host.strip("[]"), None, type=socket.SOCK_STREAM)[0]
+    try:
+        family, *_, address = socket.getaddrinfo(host.strip("[]"), None, type=socket.SOCK_STREAM)[0]
+    except OSError as fault:
+        raise ControlError(f"The control socket's host {host!r} has no address: {fault}.") from fault
     return (f"[{address[0]}]", True) if family == socket.AF_INET6 else (str(address[0]), False)
