@@ -69,7 +69,8 @@ if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
 fi
 
 echo "set-up: installing SGLang, Mooncake and the test tools into $VENV (about 11 GB the first time, some minutes)"
-pip=("$VENV/bin/python" -m pip --quiet --disable-pip-version-check --no-input)
+# Twice quiet: errors only. Warnings of pip are about mirrors and editable installs, not about what is installed.
+pip=("$VENV/bin/python" -m pip -qq --disable-pip-version-check --no-input)
 export PIP_ROOT_USER_ACTION=ignore PIP_PROGRESS_BAR=off
 "${pip[@]}" install --upgrade pip </dev/null || fail "pip cannot reach a package index"
 "${pip[@]}" install -e '.[mooncake-cpu,test,bench]' -e platforms/cpu </dev/null ||
