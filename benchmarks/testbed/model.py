@@ -15,13 +15,19 @@ KV_BYTES_PER_TOKEN = 16 * 1024  # of the fixed setting, per token and engine
 _ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
+def element_type(model: Path) -> str:
+    """Type of the model's numbers, as its config.json names it: "float32" or "bfloat16"."""
+    config: Mapping[str, Any] = json.loads((model / "config.json").read_text())
+    return str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+
+
 def kv_bytes_per_token(model: Path) -> int:
     """KV bytes of one token over all layers (tensor parallel 1), from the model's config.json.
 
     GQA: layers x 2 x KV heads x head width x element bytes. MLA: layers x (latent + rotary width) x element bytes.
     """
     config: Mapping[str, Any] = json.loads((model / "config.json").read_text())
-    element_bytes = _ELEMENT_BYTES[config.get("dtype") or config.get("torch_dtype") or "bfloat16"]
+    element_bytes = _ELEMENT_BYTES[element_type(model)]
     layers = int(config["num_hidden_layers"])
     if "kv_lora_rank" in config:
         return layers * (int(config["kv_lora_rank"]) + int(config["qk_rope_head_dim"])) * element_bytes

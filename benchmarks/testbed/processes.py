@@ -17,6 +17,7 @@ from benchmarks.testbed.errors import ProcessError
 from benchmarks.testbed.state import RunState, signal_group, stop_groups
 
 LOG_LINES_SHOWN = 25
+GRACE_S = 2.5  # SGLang ends its own processes within a second, then waits five for a crash report that nobody reads
 LOG_LINE_CHARACTERS = 400
 _POLL_S = 0.2
 _TCP_LISTEN = "0A"  # state in /proc/net/tcp
@@ -131,11 +132,11 @@ class Processes:
         self._state.add_process(popen.pid)
         return process
 
-    def stop(self, process: Process, *, grace_s: float = 8.0) -> None:
+    def stop(self, process: Process, *, grace_s: float = GRACE_S) -> None:
         """End one process group: SIGTERM, wait, SIGKILL."""
         self._stop([process], grace_s=grace_s)
 
-    def close(self, *, grace_s: float = 8.0) -> None:
+    def close(self, *, grace_s: float = GRACE_S) -> None:
         """End all of them, the last started first; neighbours of one stage together."""
         newest_first = list(reversed(self._started))
         for _, stage in itertools.groupby(newest_first, key=lambda process: process.stage or process.name):

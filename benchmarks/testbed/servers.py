@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from benchmarks.testbed.model import PAGE_TOKENS
+from benchmarks.testbed.model import PAGE_TOKENS, element_type
 from benchmarks.testbed.network import Node
 from benchmarks.testbed.processes import clean_environment
 from benchmarks.testbed.store import MOONCAKE_ENVIRONMENT, Store
@@ -92,6 +92,7 @@ def server_command(spec: ServerSpec, place: Place, store: Store | None, model: P
     command = [
         sys.executable, "-m", "sglang.launch_server",
         "--model-path", str(model),
+        "--dtype", element_type(model),  # `auto` would run an fp32 model in bf16
         "--host", place.compute_address,
         "--port", str(place.port),
         "--device", "cpu",
