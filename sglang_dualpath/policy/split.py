@@ -12,6 +12,7 @@ class SplitPolicy:
     """
 
     needs_decode = True
+    reads_ahead = True
 
     def plan(self, read: ReadRequest, view: ClusterView) -> ReadPlan:
         if read.decode is None:

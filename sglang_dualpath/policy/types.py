@@ -135,7 +135,11 @@ class BalancingPolicy(Protocol):
     """Chooses the readers of a request, once. Pure: the same arguments give the same plan, and nothing is changed."""
 
     needs_decode: bool
-    """True: planning waits until the decode engine is known, up to the deadline for its first message."""
+    """True: planning waits until the decode engine is known, up to the deadline for its first message.
+
+    A policy of which it holds may also set ``reads_ahead = True``: the prefill engine then reads while planning waits,
+    as the plan will let it read anyway.
+    """
 
     def plan(self, read: ReadRequest, view: ClusterView) -> ReadPlan: ...
 

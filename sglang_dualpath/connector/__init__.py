@@ -1,0 +1,1 @@
+"""Subclasses of SGLang's KV receivers and bootstrap server, and the lookup of control endpoints."""

@@ -1,0 +1,135 @@
+"""Control endpoints of prefill engines, published on routes of their own next to SGLang's bootstrap registry.
+
+SGLang's ``/route`` reply is parsed strictly by stock decode servers, so nothing is added to it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from aiohttp import web
+
+logger = logging.getLogger(__name__)
+
+_ROUTE = "/dualpath/engines"
+_TIMEOUT_S = 2.0
+# A prefill server that answered without the route may be restarted with the flag; ask again after this.
+_NEGATIVE_S = 30.0
+# One that did not answer, or has not registered yet, may only be starting.
+_UNREADY_S = 1.0
+_MAX_ENGINES = 4096
+_MAX_REPLY_BYTES = 1024 * 1024
+
+
+class EngineDirectory:
+    """The bootstrap server's table: dp rank and tp rank to endpoint. Lives on its event loop alone."""
+
+    def __init__(self) -> None:
+        self._endpoints: dict[str, str] = {}
+
+    async def put(self, request: web.Request) -> web.Response:
+        try:
+            body = await request.json()
+            key = f"{int(body['dp_rank'])}.{int(body['tp_rank'])}"
+            endpoint = str(body["endpoint"])
+        except (ValueError, KeyError, TypeError) as error:
+            return web.Response(status=400, text=f"not an engine: {error}")
+        if not endpoint.startswith("tcp://") or len(endpoint) > 256 or len(self._endpoints) >= _MAX_ENGINES:
+            return web.Response(status=400, text="not a control endpoint")
+        self._endpoints[key] = endpoint
+        return web.Response(text="OK")
+
+    async def get(self, request: web.Request) -> web.Response:
+        return web.json_response(self._endpoints)
+
+
+def add_routes(router: web.UrlDispatcher) -> EngineDirectory:
+    """Serve a new directory on SGLang's bootstrap server."""
+    directory = EngineDirectory()
+    router.add_put(_ROUTE, directory.put)
+    router.add_get(_ROUTE, directory.get)
+    return directory
+
+
+def publish(bootstrap_url: str, *, dp_rank: int, tp_rank: int, endpoint: str, attempts: int = 60) -> None:
+    """Register a prefill engine from a thread of its own, again and again until its bootstrap server is up."""
+
+    def run() -> None:
+        body = json.dumps({"dp_rank": dp_rank, "tp_rank": tp_rank, "endpoint": endpoint}).encode()
+        for _ in range(attempts):
+            request = urllib.request.Request(
+                bootstrap_url + _ROUTE, data=body, method="PUT", headers={"Content-Type": "application/json"}
+            )
+            try:
+                with _OPENER.open(request, timeout=_TIMEOUT_S):
+                    return
+            except OSError:
+                time.sleep(1.0)
+        logger.error("The control endpoint could not be published at %s; decode servers cannot help.", bootstrap_url)
+
+    threading.Thread(target=run, name="dualpath-publish", daemon=True).start()
+
+
+class EndpointLookup:
+    """Finds the control endpoint of a prefill engine, off the caller's thread, and remembers it."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._pool = ThreadPoolExecutor(max_workers=4, thread_name_prefix="dualpath-lookup")
+        self._lock = threading.Lock()
+        self._found: dict[str, dict[str, str]] = {}
+        self._absent_until: dict[str, float] = {}
+
+    def find(self, bootstrap_addr: str, *, dp_rank: int, tp_rank: int, then: Callable[[str | None], None]) -> None:
+        """Call ``then`` with the endpoint, or None if there is none: at once if known, else from a thread."""
+        key = f"{dp_rank}.{tp_rank}"
+        with self._lock:
+            known = self._found.get(bootstrap_addr)
+            absent = self._absent_until.get(bootstrap_addr, 0.0) > self._clock()
+        if known is not None and key in known:
+            then(known[key])
+        elif absent:
+            then(None)
+        else:
+            self._pool.submit(self._ask, bootstrap_addr, key, then)
+
+    def forget(self, endpoint: str) -> None:
+        """Nobody answers there any more: look it up again next time."""
+        with self._lock:
+            for addr, engines in list(self._found.items()):
+                if endpoint in engines.values():
+                    del self._found[addr]
+
+    def _ask(self, bootstrap_addr: str, key: str, then: Callable[[str | None], None]) -> None:
+        engines: dict[str, str] = {}
+        absent_s = _UNREADY_S
+        try:
+            with _OPENER.open(f"http://{bootstrap_addr}{_ROUTE}", timeout=_TIMEOUT_S) as reply:
+                body: Any = json.loads(reply.read(_MAX_REPLY_BYTES))
+            if isinstance(body, dict):
+                engines = {str(name): str(endpoint) for name, endpoint in body.items()}
+        except (OSError, ValueError) as error:
+            if isinstance(error, urllib.error.HTTPError) and error.code == 404:
+                absent_s = _NEGATIVE_S
+            logger.info("No DualPath control endpoint at %s: %s", bootstrap_addr, error)
+        with self._lock:
+            if key in engines:
+                self._found[bootstrap_addr] = engines
+            else:
+                self._absent_until[bootstrap_addr] = self._clock() + absent_s
+        then(engines.get(key))
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+# Servers of a cluster talk to each other directly, whatever proxy the environment names for the outside.
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))

@@ -1,0 +1,25 @@
+"""Where a receiver asks whether its request's read has settled."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Gate(Protocol):
+    """Holds back the bootstrap of requests whose read is going on."""
+
+    def pending(self, room: int) -> bool:
+        """True while the bootstrap of ``room`` must wait."""
+
+    def gone(self, room: int) -> None:
+        """The receiver of ``room`` was cleared; a request whose read has not settled is gone. Scheduler thread."""
+
+
+class OpenGate:
+    """Holds back nothing: a decode engine without reads."""
+
+    def pending(self, room: int) -> bool:
+        return False
+
+    def gone(self, room: int) -> None:
+        return None

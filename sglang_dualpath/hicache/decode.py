@@ -1,0 +1,313 @@
+"""The decode server's tree: what it holds, what it prefetches for an offer, and locks until the restore has begun."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from sglang.srt.mem_cache.base_prefix_cache import CacheRequestOutcome, MatchPrefixParams
+from sglang.srt.mem_cache.common import _req_radix_key
+from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+
+from sglang_dualpath import metrics
+from sglang_dualpath.hicache.controller import DualPathCacheController
+from sglang_dualpath.reader.decode import DecodeRead, DecodeReads
+from sglang_dualpath.reader.prefetch import Prefetch
+
+logger = logging.getLogger(__name__)
+
+# A prefetch that found no host pages is tried again after this: about as long as a small prefetch takes.
+_PARK_S = 0.05
+# Page hashes known to be in storage, so that they are not written back; 64 bytes of text each.
+_REMEMBERED_HASHES = 200_000
+
+
+class HostLock(NamedTuple):
+    """A host lock on a tree node and its ancestors, with what releases it."""
+
+    node: Any
+    receipt: Any
+
+
+class DecodePath:
+    """Between one decode engine's HiCache and its reads. Implements ``StoragePath``; scheduler thread unless said."""
+
+    def __init__(self, tree: DualPathDecodeTree, controller: DualPathCacheController, reads: DecodeReads) -> None:
+        self.reads = reads
+        self._tree = tree
+        self._controller = controller
+        self._page_tokens = reads.pages.page_tokens
+        self._requests: dict[int, Any] = {}
+        """Requests by room, from acceptance to the end of their read."""
+        self._by_handle: dict[Any, DecodeRead] = {}
+        self._held: dict[int, HostLock] = {}
+        """Locks on what HELLO named, by room, until nothing of the read touches it."""
+        self._kept: dict[Any, HostLock] = {}
+        """Locks on what a read brought, by handle, until the request's restore holds its own."""
+        self._prefetches: dict[int, tuple[Prefetch, DecodeRead]] = {}
+        self._cursor: dict[int, int] = {}
+        self._stored: OrderedDict[str, None] = OrderedDict()
+
+    # -- life of a request -------------------------------------------------------------------------------------------
+
+    def accept(self, req: Any) -> DecodeRead | None:
+        """The decode queue took ``req``: match it without touching it, lock what is held, and start its read."""
+        room = req.bootstrap_room
+        if room in self._requests:
+            # Samples of one request share a room; the first one's read serves them all.
+            return None
+        match = self._match(req)
+        slots, hashes = self._held_pages(match.last_host_node)
+        if slots:
+            self._held[room] = self._lock(match.last_host_node)
+        matched = match.device_prefix_len + match.host_hit_length
+        read = self.reads.accepted(
+            room,
+            req.cache_request_handle,
+            match_pages=matched // self._page_tokens,
+            held_slots=slots,
+            held_hashes=hashes,
+        )
+        self._requests[room] = req
+        self._by_handle[req.cache_request_handle] = read
+        return read
+
+    def tick(self) -> None:
+        """Start prefetches for offers that came, and release what ended reads held."""
+        for read in self.reads.take_offers():
+            req = self._requests.get(read.room)
+            if req is None or read.ended is not None:
+                self.reads.without_prefetch(read)
+            else:
+                self._start(read, req)
+        for read in self.reads.over():
+            self._requests.pop(read.room, None)
+            self._by_handle.pop(read.handle, None)
+            lock = self._held.pop(read.room, None)
+            if lock is not None:
+                self._unlock(lock)
+
+    def gone(self, room: int) -> None:
+        """The request was aborted or failed before its restore."""
+        if room not in self._requests:
+            return
+        unsettled = self.reads.pending(room)
+        read = self.reads.gone(room)
+        if read is None:
+            return
+        if unsettled:
+            # Upstream's prealloc queue never does this for a request that it drops, and the prefetch would go on.
+            self._tree.finish(read.handle, CacheRequestOutcome.ABORT)
+        self.release_kept(read.handle)
+
+    def release_kept(self, handle: Any) -> None:
+        """The request's restore holds its own lock, or there will be none."""
+        lock = self._kept.pop(handle, None)
+        if lock is not None:
+            self._unlock(lock)
+
+    def _start(self, read: DecodeRead, req: Any) -> None:
+        offer = read.offer
+        assert offer is not None
+        match = self._match(req)
+        matched = match.device_prefix_len + match.host_hit_length
+        end_tokens = offer.storage_end_page * self._page_tokens
+        if matched // self._page_tokens < offer.first_page:
+            self.reads.without_prefetch(read, "prefix_gap")
+            return
+        if end_tokens <= matched:
+            self.reads.without_prefetch(read)
+            return
+        anchor = match.last_host_node
+        tree = self._tree
+        if not (tree.is_backuped(anchor) or tree.is_root(anchor)):
+            self.reads.without_prefetch(read, "prefix_not_in_host_memory")
+            return
+        if end_tokens - matched < tree.prefetch_threshold:
+            self.reads.without_prefetch(read, "below_threshold")
+            return
+        tree.prefetch_from_storage(
+            read.handle,
+            anchor,
+            req.origin_input_ids[matched:],
+            tree.get_last_hash_value(anchor),
+            tree.get_prefix_hash_values(anchor) if tree.hicache_storage_pass_prefix_keys else None,
+            matched_prefix_tokens=req.origin_input_ids[:matched],
+            extra_key=req.extra_key,
+            cache_salt=req.cache_salt,
+            storage_hit_end=end_tokens,
+        )
+        if tree.has_ongoing_prefetch(read.handle):
+            self.reads.submitted(read)
+        else:
+            self.reads.parked(read, _PARK_S)
+
+    # -- what the tree reports ---------------------------------------------------------------------------------------
+
+    def allocated(self, operation: Any) -> None:
+        """The operation has its host pages: claims may go out, once."""
+        read = self._by_handle.get(operation.handle)
+        if read is None or id(operation) in self._prefetches:
+            return
+        pages = self.reads.pages
+        controller = self._controller
+        stop = controller.storage_stop_event
+        prefetch = Prefetch(
+            handle=operation.handle,
+            first_page=operation.storage_start // self._page_tokens,
+            stored_pages=len(operation.hash_value),
+            hashes=operation.hash_value,
+            host_indices=operation.host_indices,
+            read_pages=lambda first, slots: controller.read_pages(operation, first, pages.indices(slots)),
+            is_cancelled=lambda: operation.is_terminated() or stop.is_set(),
+        )
+        self._prefetches[id(operation)] = (prefetch, read)
+        self._cursor[id(operation)] = 0
+        for page_hash in operation.hash_value:
+            self._stored[page_hash] = None
+        while len(self._stored) > _REMEMBERED_HASHES:
+            self._stored.popitem(last=False)
+        self.reads.opened(read, prefetch)
+
+    def revoked(self, handle: Any) -> None:
+        """There were no host pages for the prefetch."""
+        read = self._by_handle.get(handle)
+        if read is not None:
+            self.reads.parked(read, _PARK_S)
+
+    def inserted(self, handle: Any) -> None:
+        """What the prefetch brought is in the tree: hold it there until the restore, and let the request go on."""
+        read = self._by_handle.get(handle)
+        if read is None:
+            return
+        req = self._requests.get(read.room)
+        self._tree.pop_prefetch_loaded_tokens(handle)
+        if req is not None and handle not in self._kept:
+            node = self._match(req).last_host_node
+            if not self._tree.is_root(node):
+                self._kept[handle] = self._lock(node)
+        self.reads.settled(read)
+
+    # -- StoragePath, on the controller's threads --------------------------------------------------------------------
+
+    def page_get(self, operation: Any, hashes: Sequence[str]) -> int:
+        # The scheduler opens an operation in the tick in which it queues it for this thread, perhaps just after.
+        entry = self._prefetches.get(id(operation))
+        if entry is None:
+            self.allocated(operation)
+            entry = self._prefetches.get(id(operation))
+            if entry is None:
+                return 0
+        first = self._cursor[id(operation)]
+        self._cursor[id(operation)] = first + len(hashes)
+        return self.reads.wait(entry[0], first, len(hashes))
+
+    def transfer_over(self, operation: Any) -> None:
+        entry = self._prefetches.pop(id(operation), None)
+        self._cursor.pop(id(operation), None)
+        if entry is not None:
+            self.reads.finish(entry[0])
+
+    def extend_hit(self, operation: Any, hashes: list[str]) -> list[str]:
+        return hashes
+
+    def unwritten(self, hashes: Sequence[str]) -> list[int]:
+        return [which for which, page_hash in enumerate(hashes) if page_hash not in self._stored]
+
+    def written_back(self, pages: int) -> None:
+        metrics.WRITTEN_BACK_BYTES.add(pages * self.reads.pages.page_bytes)
+
+    def forget(self) -> None:
+        """The pools and the tree were cleared, and every lock with them."""
+        self._requests.clear()
+        self._by_handle.clear()
+        self._held.clear()
+        self._kept.clear()
+        self._prefetches.clear()
+        self._cursor.clear()
+        self._stored.clear()
+
+    # -- tree ----------------------------------------------------------------------------------------------------------
+
+    def _match(self, req: Any) -> Any:
+        key = _req_radix_key(self._tree, req, req.origin_input_ids)
+        return self._tree.match_prefix(MatchPrefixParams(key=key, cow_mamba=False))
+
+    def _held_pages(self, node: Any) -> tuple[list[int], list[str]]:
+        """Host slots and hashes of the leading pages on the path to ``node`` that are in host memory."""
+        slots: list[int] = []
+        hashes: list[str] = []
+        if self._tree.is_root(node):
+            return slots, hashes
+        core = self._tree.tree_core
+        for info in core.collect_path_info([node])[0]:
+            spec = core.build_storage_backup_spec(info.node_id, False)
+            if spec is None:
+                break
+            slots += self.reads.pages.slots_of(spec.host_value)
+            hashes += spec.hash_value
+        return slots, hashes
+
+    def _lock(self, node: Any) -> HostLock:
+        return HostLock(node, self._tree.inc_host_lock_ref(node).to_dec_params())
+
+    def _unlock(self, lock: HostLock) -> None:
+        self._tree.dec_host_lock_ref(lock.node, lock.receipt)
+
+
+class DualPathDecodeTree(UnifiedRadixCache):
+    """Stock until :meth:`use` names a path."""
+
+    _dualpath: DecodePath | None = None
+
+    def use(self, path: DecodePath) -> None:
+        self._dualpath = path
+        # Upstream skips load-backs of fewer tokens than this, and then fails a decode request that was promised them.
+        self.load_back_threshold = 0
+
+    def query_storage_hit_length(self, *args: Any, **kwargs: Any) -> int:
+        # Nothing in storage is promised: what a read brought is in host memory by now, the rest comes from prefill.
+        if self._dualpath is None:
+            return int(super().query_storage_hit_length(*args, **kwargs))
+        return 0
+
+    def release_kept(self, handle: Any) -> None:
+        """The request's admission holds its own lock on what its read brought."""
+        if self._dualpath is not None:
+            self._dualpath.release_kept(handle)
+
+    def lock_host(self, node: Any) -> HostLock:
+        return HostLock(node, self.inc_host_lock_ref(node).to_dec_params())
+
+    def unlock_host(self, lock: HostLock) -> None:
+        self.dec_host_lock_ref(lock.node, lock.receipt)
+
+    def _handle_prefetch_result(self, operation: Any) -> None:
+        super()._handle_prefetch_result(operation)
+        if self._dualpath is not None:
+            self._dualpath.inserted(operation.handle)
+
+    def revoke_pending_prefetch(self, request: Any) -> None:
+        known = request in self.ongoing_prefetch
+        super().revoke_pending_prefetch(request)
+        if known and self._dualpath is not None:
+            self._dualpath.revoked(request)
+
+    def check_hicache_events(self) -> None:
+        super().check_hicache_events()
+        path = self._dualpath
+        if path is not None:
+            for info in list(self.ongoing_prefetch.values()):
+                if info.operation.host_indices is not None:
+                    path.allocated(info.operation)
+            path.tick()
+
+    def reset(self) -> None:
+        path = self._dualpath
+        if path is not None:
+            path.reads.abandon_all()
+        super().reset()
+        if path is not None:
+            path.forget()

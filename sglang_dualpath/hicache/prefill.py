@@ -1,0 +1,170 @@
+"""The prefill server's tree: tells the reads when SGLang starts, declines and ends a prefetch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+
+from sglang_dualpath import metrics
+from sglang_dualpath.hicache.controller import DualPathCacheController
+from sglang_dualpath.hicache.reserve import HostReserve
+from sglang_dualpath.protocol import NoOfferReason
+from sglang_dualpath.reader.prefetch import Prefetch
+from sglang_dualpath.reader.prefill import PrefillReads
+
+logger = logging.getLogger(__name__)
+
+
+class PrefillPath:
+    """Between one prefill engine's HiCache and its reads. Implements ``StoragePath``."""
+
+    def __init__(self, controller: DualPathCacheController, reads: PrefillReads) -> None:
+        self.reads = reads
+        self._controller = controller
+        self._page_tokens = reads.pages.page_tokens
+        self._prefetches: dict[int, Prefetch] = {}
+        self._cursor: dict[int, int] = {}
+        self._starts: dict[Any, int] = {}
+        self.park: Callable[[Any], None] = lambda handle: None
+
+    # -- scheduler thread ----------------------------------------------------------------------------------------
+
+    def starting(self, handle: Any, matched_tokens: int) -> None:
+        """A prefetch that continues ``matched_tokens`` is about to be submitted."""
+        self._starts[handle] = matched_tokens // self._page_tokens
+
+    def declined(self, handle: Any, reason: NoOfferReason) -> None:
+        self._starts.pop(handle, None)
+        self.reads.declined(handle, reason)
+
+    def allocated(self, operation: Any) -> Prefetch:
+        """The operation has its host pages: open the read, once."""
+        known = self._prefetches.get(id(operation))
+        if known is not None:
+            return known
+        pages = self.reads.pages
+        controller = self._controller
+        stop = controller.storage_stop_event
+        hashes = operation.hash_value
+        prefetch = Prefetch(
+            handle=operation.handle,
+            first_page=self._starts.get(operation.handle, operation.storage_start // self._page_tokens),
+            stored_pages=min(len(hashes), getattr(operation, "dualpath_stored_pages", len(hashes))),
+            hashes=hashes,
+            host_indices=operation.host_indices,
+            read_pages=lambda first, slots: controller.read_pages(operation, first, pages.indices(slots)),
+            is_cancelled=lambda: operation.is_terminated() or stop.is_set(),
+        )
+        self._prefetches[id(operation)] = prefetch
+        self._cursor[id(operation)] = 0
+        self.reads.opened(prefetch)
+        return prefetch
+
+    # -- StoragePath ---------------------------------------------------------------------------------------------
+
+    def page_get(self, operation: Any, hashes: Sequence[str]) -> int:
+        prefetch = self.allocated(operation)
+        first = self._cursor[id(operation)]
+        self._cursor[id(operation)] = first + len(hashes)
+        return self.reads.wait(prefetch, first, len(hashes))
+
+    def transfer_over(self, operation: Any) -> None:
+        prefetch = self._prefetches.pop(id(operation), None)
+        self._cursor.pop(id(operation), None)
+        self._starts.pop(operation.handle, None)
+        if prefetch is not None:
+            self.reads.finish(prefetch)
+
+    def extend_hit(self, operation: Any, hashes: list[str]) -> list[str]:
+        start = self._starts.get(operation.handle)
+        possible = operation.all_hash_values
+        if start is None or not possible or operation.pool_transfers:
+            return hashes
+        held = self.reads.held_pages(operation.handle, start + len(hashes), start + len(possible))
+        reach = min(held - start, len(possible))
+        if reach <= len(hashes):
+            return hashes
+        operation.dualpath_stored_pages = len(hashes)
+        return list(possible[:reach])
+
+    def unwritten(self, hashes: Sequence[str]) -> list[int]:
+        return list(range(len(hashes)))
+
+    def written_back(self, pages: int) -> None:
+        metrics.WRITTEN_BACK_BYTES.add(pages * self.reads.pages.page_bytes)
+
+    def forget(self) -> None:
+        """The pools were cleared."""
+        self._prefetches.clear()
+        self._cursor.clear()
+        self._starts.clear()
+
+
+class DualPathPrefillTree(UnifiedRadixCache):
+    """Stock until :meth:`use` names a path."""
+
+    _dualpath: PrefillPath | None = None
+    _reserve: HostReserve | None = None
+
+    def use(self, path: PrefillPath, reserve: HostReserve) -> None:
+        self._dualpath = path
+        self._reserve = reserve
+
+    def prefetch_from_storage(
+        self, request: Any, last_host_node_id: Any, new_input_tokens: Any, *args: Any, **kwargs: Any
+    ) -> bool | None:
+        path = self._dualpath
+        if path is not None:
+            path.starting(request, len(kwargs.get("matched_prefix_tokens") or ()))
+        answer: bool | None = super().prefetch_from_storage(
+            request, last_host_node_id, new_input_tokens, *args, **kwargs
+        )
+        if path is not None and request not in self.ongoing_prefetch:
+            if len(new_input_tokens) < self.prefetch_threshold:
+                path.declined(request, NoOfferReason.BELOW_THRESHOLD)
+            elif self.cache_controller.prefetch_rate_limited():
+                path.park(request)
+            else:
+                path.declined(request, NoOfferReason.NO_HITS)
+        return answer
+
+    def revoke_pending_prefetch(self, request: Any) -> None:
+        info = self.ongoing_prefetch.get(request)
+        super().revoke_pending_prefetch(request)
+        path = self._dualpath
+        if path is None or info is None:
+            return
+        operation = info.operation
+        if operation.storage_hit_count >= self.prefetch_threshold and not operation.is_terminated():
+            # There are hits but no host pages for them now.
+            path.park(request)
+        elif operation.storage_hit_count > 0:
+            path.declined(request, NoOfferReason.BELOW_THRESHOLD)
+        else:
+            path.declined(request, NoOfferReason.NO_HITS)
+
+    def check_hicache_events(self) -> None:
+        super().check_hicache_events()
+        path = self._dualpath
+        if path is not None:
+            for info in list(self.ongoing_prefetch.values()):
+                if info.operation.host_indices is not None:
+                    path.allocated(info.operation)
+
+    def release_aborted_request(self, request: Any) -> None:
+        super().release_aborted_request(request)
+        if self._dualpath is not None:
+            self._dualpath.reads.gone(request)
+
+    def reset(self) -> None:
+        # Called by the constructor too, before there is any path.
+        if self._dualpath is None or self._reserve is None:
+            super().reset()
+            return
+        self._dualpath.reads.abandon_all()
+        super().reset()
+        self._dualpath.forget()
+        self._reserve.retake()

@@ -1,0 +1,85 @@
+"""SGLang's entry point: adds the switch, reads it, and installs the rest when it is on.
+
+Without the flag nothing but these two hooks is installed. With it, the main process installs the rest while it parses
+its arguments; child processes find the switch in their environment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import sys
+from typing import Any
+
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+from sglang_dualpath.config import add_arguments, read_config
+from sglang_dualpath.errors import DualPathError
+
+ADD_FLAGS = "sglang.srt.server_args.ServerArgs.add_cli_args"
+READ_FLAGS = "sglang.srt.server_args.ServerArgs.from_cli_args"
+
+
+def register() -> None:
+    """Called by SGLang in every process, before it parses arguments."""
+    HookRegistry.register(ADD_FLAGS, _add_flags, HookType.AFTER)
+    HookRegistry.register(READ_FLAGS, _read_flags, HookType.AROUND)
+    # The switch in the environment: a child of a server that has it, or sglang.Engine(...).
+    _switch_on(argparse.Namespace())
+
+
+def _add_flags(result: Any, *args: Any, **kwargs: Any) -> None:
+    add_arguments(kwargs["parser"] if "parser" in kwargs else args[-1])
+
+
+def _read_flags(original: Any, *args: Any, **kwargs: Any) -> Any:
+    if _switch_on(kwargs["args"] if "args" in kwargs else args[-1]):
+        # SGLang has applied all plugins' hooks by now, so ours must be applied on top.
+        HookRegistry.apply_hooks()
+    return original(*args, **kwargs)
+
+
+def _switch_on(arguments: argparse.Namespace) -> bool:
+    """Install everything if the switch is on. Ends the process with one sentence if that cannot be."""
+    try:
+        config = read_config(arguments)
+        if config is None:
+            return False
+        os.environ.update(config.environ())
+        _install()
+    except DualPathError as error:
+        _stop(str(error))
+    return True
+
+
+@functools.cache
+def _install() -> None:
+    # Imported here: without the flag none of SGLang's engine is imported by this package.
+    from sglang_dualpath.compat import arguments, hooks, seams
+
+    seams.check()
+    from sglang_dualpath.connector import mooncake
+    from sglang_dualpath.hicache.controller import DualPathCacheController
+    from sglang_dualpath.hicache.decode import DualPathDecodeTree
+    from sglang_dualpath.hicache.prefill import DualPathPrefillTree
+    from sglang_dualpath.scheduler.decode_queues import DualPathDecodePreallocQueue, DualPathDecodeTransferQueue
+    from sglang_dualpath.scheduler.scheduler import DualPathScheduler
+
+    hooks.install(
+        hooks.Replacements(
+            scheduler=DualPathScheduler,
+            prealloc_queue=DualPathDecodePreallocQueue,
+            transfer_queue=DualPathDecodeTransferQueue,
+            controller=DualPathCacheController,
+            kv_classes=mooncake.KV_CLASSES,
+            trees={"prefill": DualPathPrefillTree, "decode": DualPathDecodeTree},
+        )
+    )
+    arguments.register(hooks.verify)
+
+
+def _stop(sentence: str) -> None:
+    # SGLang logs exceptions of a plugin and goes on; SystemExit ends the server.
+    print(sentence, file=sys.stderr, flush=True)
+    raise SystemExit(1)

@@ -1,0 +1,1 @@
+"""Subclasses of SGLang's scheduler and of the decode side's queues."""

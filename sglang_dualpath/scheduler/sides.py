@@ -1,0 +1,220 @@
+"""What a scheduler with the switch on has besides upstream's: the prefill side or the decode side, wired up."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+import threading
+from typing import Any
+
+from sglang.srt.disaggregation.utils import DisaggregationMode
+
+from sglang_dualpath import metrics
+from sglang_dualpath.compat.hooks import stop
+from sglang_dualpath.config import DualPathConfig, read_config
+from sglang_dualpath.connector.directory import EndpointLookup, publish
+from sglang_dualpath.connector.rooms import real_room
+from sglang_dualpath.control import ControlClient, ControlServer
+from sglang_dualpath.errors import DualPathError
+from sglang_dualpath.hicache.decode import DecodePath
+from sglang_dualpath.hicache.prefill import PrefillPath
+from sglang_dualpath.hicache.reserve import HostReserve
+from sglang_dualpath.policy import load_policy
+from sglang_dualpath.protocol import NoOfferReason
+from sglang_dualpath.reader.decode import DecodeReads
+from sglang_dualpath.reader.hop import HopReader
+from sglang_dualpath.reader.offers import OfferDesk
+from sglang_dualpath.reader.own import OwnReaders
+from sglang_dualpath.reader.pool import HostPages
+from sglang_dualpath.reader.prefetch import ReadLimit
+from sglang_dualpath.reader.prefill import PrefillReads
+from sglang_dualpath.transfer import Transport
+from sglang_dualpath.transfer.mooncake import MooncakeTransport
+
+logger = logging.getLogger(__name__)
+
+# Backends whose getter was seen to serve several threads from one instance.
+_CONCURRENT_BACKENDS = ("mooncake", "file")
+_PARK_S = 0.02
+
+
+def build_side(scheduler: Any) -> PrefillSide | DecodeSide:
+    """Wire up the side of ``scheduler``, whose queues exist. Ends the process with one sentence if that fails."""
+    try:
+        config = read_config()
+        if config is None:
+            raise DualPathError("the DualPath scheduler runs without --kv-connector dualpath in its environment")
+        if scheduler.disaggregation_mode == DisaggregationMode.PREFILL:
+            return PrefillSide(scheduler, config)
+        return DecodeSide(scheduler, config)
+    except (DualPathError, OSError) as error:
+        stop(f"--kv-connector dualpath: {error}")
+        raise
+
+
+def _engine_id(role: str) -> str:
+    return f"{role}-{socket.gethostname()[:64]}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+def _host_pages(scheduler: Any) -> HostPages:
+    controller = scheduler.tree_cache.cache_controller
+    if scheduler.tree_cache.sidecar_pool_specs:
+        raise DualPathError("this model's cache has side pools besides its KV pages, which are not supported yet")
+    return HostPages(controller.storage_host_pool, controller.page_size)
+
+
+def _transport(manager: Any, pages: HostPages) -> Transport:
+    transport = MooncakeTransport(manager.engine)
+    transport.register(pages.regions())
+    return transport
+
+
+def _reader_threads(config: DualPathConfig, backend: str) -> int:
+    if config.reader_threads > 1 and backend not in _CONCURRENT_BACKENDS:
+        logger.warning("One reader thread is used: the %s backend is not known to serve several.", backend)
+        return 1
+    return config.reader_threads
+
+
+def _count_error(kind: str) -> None:
+    metrics.CONTROL_ERRORS.add(kind=kind)
+
+
+class PrefillSide:
+    """Opens reads for prefetches, answers decode engines, and reissues prefetches that upstream declined for now."""
+
+    def __init__(self, scheduler: Any, config: DualPathConfig) -> None:
+        self._scheduler = scheduler
+        self._queue = scheduler.disagg_prefill_bootstrap_queue
+        self._parked: dict[Any, float] = {}
+        tree = scheduler.tree_cache
+        controller = tree.cache_controller
+        manager = self._queue.kv_manager
+        pages = _host_pages(scheduler)
+        lock = threading.Condition()
+        reserve = HostReserve(controller.mem_pool_host, pages, size_bytes=config.reserve_bytes, lock=lock)
+        transport = _transport(manager, pages)
+        self.reads = PrefillReads(config=config, pages=pages, reserve=reserve.reserve, lock=lock)
+        engine = _engine_id("prefill")
+        desk = OfferDesk(
+            self.reads,
+            policy=load_policy(config.policy),
+            engine=engine,
+            session=transport.session,
+            send=lambda peer, message: self._control.send(peer, message),
+        )
+        self.path = PrefillPath(controller, self.reads)
+        self.path.park = self._park
+        self._control = ControlServer(
+            config.host or manager.local_ip,
+            config.read_key(),
+            desk.handle,
+            _count_error,
+            handler_gone=desk.gone,
+            tick=desk.tick,
+        )
+        self._own = OwnReaders(
+            self.reads,
+            count=_reader_threads(config, controller.storage_backend_type),
+            limit=ReadLimit(config.read_rate_limit_bytes_per_s),
+        )
+        controller.use(self.path)
+        tree.use(self.path, reserve)
+        publish(_bootstrap_url(manager), dp_rank=0, tp_rank=0, endpoint=self._control.endpoint)
+        logger.info(
+            "DualPath prefill engine %s: policy %s, control %s, %d host pages of %d bytes, %d in reserve.",
+            engine, config.policy, self._control.endpoint, pages.slots, pages.page_bytes, reserve.reserve.size,
+        )  # fmt: skip
+
+    def arrived(self, req: Any) -> None:
+        """Upstream is about to look for this request's pages."""
+        room = real_room(req)
+        if room is not None:
+            self.reads.arrived(room, req.cache_request_handle)
+
+    def tick(self) -> None:
+        """Reissue parked prefetches whose time has come, in the order in which they were parked."""
+        if not self._parked:
+            return
+        now = self.reads.clock()
+        waiting = {req.cache_request_handle: req for req in self._queue.queue if req.pending_bootstrap}
+        controller = self._scheduler.tree_cache.cache_controller
+        for handle, due in list(self._parked.items()):
+            req = waiting.get(handle)
+            if req is None:
+                # Admitted or aborted meanwhile: from here on upstream's own retries count.
+                del self._parked[handle]
+                self.reads.declined(handle, NoOfferReason.CLOSED)
+            elif now >= due and not controller.prefetch_rate_limited():
+                del self._parked[handle]
+                self._scheduler._prefetch_kvcache(req)
+
+    def _park(self, handle: Any) -> None:
+        if handle not in self._parked:
+            metrics.FALLBACKS.add(reason="prefetch_parked")
+        self._parked[handle] = self.reads.clock() + _PARK_S
+
+
+def _bootstrap_url(manager: Any) -> str:
+    """Where SGLang's bootstrap server of this prefill server listens."""
+    host = manager.bootstrap_host
+    if manager.dist_init_addr:
+        host = manager.dist_init_addr.rpartition(":")[0].strip("[]")
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{manager.bootstrap_port}" if ":" in host else f"http://{host}:{manager.bootstrap_port}"
+
+
+class DecodeSide:
+    """Starts a read for each accepted request and holds its bootstrap back until it has settled."""
+
+    def __init__(self, scheduler: Any, config: DualPathConfig) -> None:
+        self._queue = scheduler.disagg_decode_prealloc_queue
+        tree = scheduler.tree_cache
+        controller = tree.cache_controller
+        manager = self._queue.kv_manager
+        pages = _host_pages(scheduler)
+        transport = _transport(manager, pages)
+        engine = _engine_id("decode")
+        self._lookup = EndpointLookup()
+        self.reads = DecodeReads(
+            config=config,
+            pages=pages,
+            engine=engine,
+            rank=0,
+            send=lambda endpoint, message: self._control.send(endpoint, message),
+        )
+        self.reads.on_silence = self._lookup.forget
+        self.path = DecodePath(tree, controller, self.reads)
+        self._control = ControlClient(engine, config.read_key(), self.reads.handle, _count_error, tick=self.reads.tick)
+        self._hop = HopReader(
+            self.reads,
+            transport,
+            count=_reader_threads(config, controller.storage_backend_type),
+            limit=ReadLimit(config.read_rate_limit_bytes_per_s),
+        )
+        controller.use(self.path)
+        tree.use(self.path)
+        manager.gate = self
+        logger.info("DualPath decode engine %s: %d host pages of %d bytes.", engine, pages.slots, pages.page_bytes)
+
+    def added(self, req: Any) -> None:
+        """Upstream's queue was offered ``req``; it may have rejected it."""
+        queue = self._queue.queue
+        if not queue or queue[-1].req is not req or queue[-1].is_rebootstrap:
+            return
+        read = self.path.accept(req)
+        if read is not None:
+            self._lookup.find(
+                queue[-1].kv_receiver.bootstrap_addr,
+                dp_rank=0,
+                tp_rank=0,
+                then=lambda endpoint: self.reads.greet(read, endpoint),
+            )
+
+    def pending(self, room: int) -> bool:
+        return self.reads.pending(room)
+
+    def gone(self, room: int) -> None:
+        self.path.gone(room)
