@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -46,8 +47,7 @@ class DecodePath:
         """Locks on what HELLO named, by room, until nothing of the read touches it."""
         self._kept: dict[Any, HostLock] = {}
         """Locks on what a read brought, by handle, until the request's restore holds its own."""
-        self._prefetches: dict[int, tuple[Prefetch, DecodeRead]] = {}
-        self._cursor: dict[int, int] = {}
+        self._opening = threading.Lock()
         self._stored: OrderedDict[str, None] = OrderedDict()
 
     # -- life of a request -------------------------------------------------------------------------------------------
@@ -148,13 +148,23 @@ class DecodePath:
 
     def allocated(self, operation: Any) -> None:
         """The operation has its host pages: claims may go out, once."""
-        read = self._by_handle.get(operation.handle)
-        if read is None or id(operation) in self._prefetches:
-            return
+        with self._opening:
+            read = self._by_handle.get(operation.handle)
+            if read is None or getattr(operation, "dualpath_prefetch", None) is not None:
+                return
+            # On the operation itself: it is still listed as ongoing after its transfer has ended.
+            operation.dualpath_prefetch = prefetch = self._prefetch(operation)
+        for page_hash in operation.hash_value:
+            self._stored[page_hash] = None
+        while len(self._stored) > _REMEMBERED_HASHES:
+            self._stored.popitem(last=False)
+        self.reads.opened(read, prefetch)
+
+    def _prefetch(self, operation: Any) -> Prefetch:
         pages = self.reads.pages
         controller = self._controller
         stop = controller.storage_stop_event
-        prefetch = Prefetch(
+        return Prefetch(
             handle=operation.handle,
             first_page=operation.storage_start // self._page_tokens,
             stored_pages=len(operation.hash_value),
@@ -163,13 +173,6 @@ class DecodePath:
             read_pages=lambda first, slots: controller.read_pages(operation, first, pages.indices(slots)),
             is_cancelled=lambda: operation.is_terminated() or stop.is_set(),
         )
-        self._prefetches[id(operation)] = (prefetch, read)
-        self._cursor[id(operation)] = 0
-        for page_hash in operation.hash_value:
-            self._stored[page_hash] = None
-        while len(self._stored) > _REMEMBERED_HASHES:
-            self._stored.popitem(last=False)
-        self.reads.opened(read, prefetch)
 
     def revoked(self, handle: Any) -> None:
         """There were no host pages for the prefetch."""
@@ -194,27 +197,34 @@ class DecodePath:
 
     def page_get(self, operation: Any, hashes: Sequence[str]) -> int:
         # The scheduler opens an operation in the tick in which it queues it for this thread, perhaps just after.
-        entry = self._prefetches.get(id(operation))
-        if entry is None:
-            self.allocated(operation)
-            entry = self._prefetches.get(id(operation))
-            if entry is None:
-                return 0
-        first = self._cursor[id(operation)]
-        self._cursor[id(operation)] = first + len(hashes)
-        return self.reads.wait(entry[0], first, len(hashes))
+        self.allocated(operation)
+        prefetch: Prefetch | None = getattr(operation, "dualpath_prefetch", None)
+        if prefetch is None:
+            return 0
+        return self.reads.wait(prefetch, prefetch.next_batch(len(hashes)), len(hashes))
 
     def transfer_over(self, operation: Any) -> None:
-        entry = self._prefetches.pop(id(operation), None)
-        self._cursor.pop(id(operation), None)
-        if entry is not None:
-            self.reads.finish(entry[0])
+        prefetch = getattr(operation, "dualpath_prefetch", None)
+        if prefetch is not None:
+            self.reads.finish(prefetch)
 
     def extend_hit(self, operation: Any, hashes: list[str]) -> list[str]:
         return hashes
 
     def unwritten(self, hashes: Sequence[str]) -> list[int]:
-        return [which for which, page_hash in enumerate(hashes) if page_hash not in self._stored]
+        unknown = [which for which, page_hash in enumerate(hashes) if page_hash not in self._stored]
+        if not unknown:
+            return []
+        # What prefill read alone is in storage too. Some backends would write it again, so ask for the leading ones.
+        first = unknown[0]
+        backend = self._controller.storage_backend
+        try:
+            known = backend.batch_exists(list(hashes[first:]), None) if backend is not None else 0
+        except Exception:
+            # Writing a page twice is harmless, and the write will report what is wrong with the backend.
+            logger.debug("The storage backend could not be asked for known pages.", exc_info=True)
+            known = 0
+        return [which for which in unknown if which >= first + known]
 
     def written_back(self, pages: int) -> None:
         metrics.WRITTEN_BACK_BYTES.add(pages * self.reads.pages.page_bytes)
@@ -225,8 +235,6 @@ class DecodePath:
         self._by_handle.clear()
         self._held.clear()
         self._kept.clear()
-        self._prefetches.clear()
-        self._cursor.clear()
         self._stored.clear()
 
     # -- tree ----------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,8 +26,7 @@ class PrefillPath:
         self.reads = reads
         self._controller = controller
         self._page_tokens = reads.pages.page_tokens
-        self._prefetches: dict[int, Prefetch] = {}
-        self._cursor: dict[int, int] = {}
+        self._opening = threading.Lock()
         self._starts: dict[Any, int] = {}
         self.park: Callable[[Any], None] = lambda handle: None
 
@@ -42,14 +42,20 @@ class PrefillPath:
 
     def allocated(self, operation: Any) -> Prefetch:
         """The operation has its host pages: open the read, once."""
-        known = self._prefetches.get(id(operation))
-        if known is not None:
-            return known
+        with self._opening:
+            known: Prefetch | None = getattr(operation, "dualpath_prefetch", None)
+            if known is None:
+                # On the operation itself: it is still listed as ongoing after its transfer has ended.
+                known = operation.dualpath_prefetch = self._prefetch(operation)
+        self.reads.opened(known)
+        return known
+
+    def _prefetch(self, operation: Any) -> Prefetch:
         pages = self.reads.pages
         controller = self._controller
         stop = controller.storage_stop_event
         hashes = operation.hash_value
-        prefetch = Prefetch(
+        return Prefetch(
             handle=operation.handle,
             first_page=self._starts.get(operation.handle, operation.storage_start // self._page_tokens),
             stored_pages=min(len(hashes), getattr(operation, "dualpath_stored_pages", len(hashes))),
@@ -58,25 +64,17 @@ class PrefillPath:
             read_pages=lambda first, slots: controller.read_pages(operation, first, pages.indices(slots)),
             is_cancelled=lambda: operation.is_terminated() or stop.is_set(),
         )
-        self._prefetches[id(operation)] = prefetch
-        self._cursor[id(operation)] = 0
-        self.reads.opened(prefetch)
-        return prefetch
 
     # -- StoragePath ---------------------------------------------------------------------------------------------
 
     def page_get(self, operation: Any, hashes: Sequence[str]) -> int:
         prefetch = self.allocated(operation)
-        first = self._cursor[id(operation)]
-        self._cursor[id(operation)] = first + len(hashes)
-        return self.reads.wait(prefetch, first, len(hashes))
+        return self.reads.wait(prefetch, prefetch.next_batch(len(hashes)), len(hashes))
 
     def transfer_over(self, operation: Any) -> None:
-        prefetch = self._prefetches.pop(id(operation), None)
-        self._cursor.pop(id(operation), None)
         self._starts.pop(operation.handle, None)
-        if prefetch is not None:
-            self.reads.finish(prefetch)
+        # Opened here at the latest, so that it cannot be opened after it has ended.
+        self.reads.finish(self.allocated(operation))
 
     def extend_hit(self, operation: Any, hashes: list[str]) -> list[str]:
         start = self._starts.get(operation.handle)
@@ -98,8 +96,6 @@ class PrefillPath:
 
     def forget(self) -> None:
         """The pools were cleared."""
-        self._prefetches.clear()
-        self._cursor.clear()
         self._starts.clear()
 
 

@@ -119,6 +119,9 @@ class OfferDesk:
             clock = self._reads.clock()
             for read in list(self._reads.reads.values()):
                 self._expire(read, clock)
+                if not read.planned:
+                    # Own readers wait for its reservation to end, which wakes nobody.
+                    self._reads.lock.notify_all()
                 if not read.planned and clock >= read.opened_s + self._reads.hello_wait_s:
                     self._reads.silent_requests += 1
                     self._reads.fallback("no_hello", read)
@@ -222,8 +225,8 @@ class OfferDesk:
             self._apply(read, prefill_alone(request, "later attempt"))
             return
         if hello is None and self._policy.needs_decode:
-            if not getattr(self._policy, "reads_ahead", False):
-                self._hold(read, self._reads.hello_wait_s)
+            ahead = getattr(self._policy, "reads_ahead", False)
+            self._hold(read, self._reads.grace_s if ahead else self._reads.hello_wait_s)
             return
         try:
             plan = validate_plan(self._policy.plan(request, self._view(request)), request)

@@ -30,6 +30,16 @@ class Prefetch:
     how many leading ones are good. Runs on a reader thread; may raise whatever the storage backend raises."""
     is_cancelled: Callable[[], bool]
     """True once SGLang terminated the operation or stops its storage threads."""
+    cursor: int = 0
+    """Pages that SGLang has asked for."""
+    over: bool = False
+    """SGLang's transfer has ended: the pages belong to the tree or the pool, and nothing may be read into them."""
+
+    def next_batch(self, pages: int) -> int:
+        """SGLang asks for its next ``pages`` pages; returns the index of the first."""
+        first = self.cursor
+        self.cursor += pages
+        return first
 
     @property
     def pages(self) -> int:

@@ -142,11 +142,11 @@ class PrefillReads:
             if room is not None:
                 self._close_room(room, NoOfferReason.CLOSED)
 
-    def opened(self, prefetch: Prefetch) -> PrefillRead:
-        """Host pages are allocated: reading may start. Idempotent."""
+    def opened(self, prefetch: Prefetch) -> PrefillRead | None:
+        """Host pages are allocated: reading may start. Idempotent; None once the prefetch is over."""
         with self.lock:
             known = self.reads.get(id(prefetch))
-            if known is not None:
+            if known is not None or prefetch.over:
                 return known
             now = self.clock()
             number = self._room_of.get(prefetch.handle)
@@ -196,6 +196,8 @@ class PrefillReads:
         Returns short when nobody can read the next page, the operation is cancelled or the read's deadline has passed.
         """
         read = self.opened(prefetch)
+        if read is None:
+            return 0
         with self.lock:
             while not read.closed and not read.ledger.settled_through(first + count):
                 if prefetch.is_cancelled() or self._stopped:
@@ -212,6 +214,7 @@ class PrefillReads:
     def finish(self, prefetch: Prefetch) -> None:
         """SGLang's transfer of this operation is over: its pages are about to be inserted or freed."""
         with self.lock:
+            prefetch.over = True
             read = self.reads.get(id(prefetch))
             if read is not None:
                 self._close(read)
@@ -240,6 +243,11 @@ class PrefillReads:
     @property
     def _deaf(self) -> bool:
         return self.silent_requests >= _SILENT_REQUESTS
+
+    @property
+    def grace_s(self) -> float:
+        """How long reading waits for a HELLO, lest it reads what the decode engine holds: not at all if none speaks."""
+        return 0.0 if self._deaf else _HELLO_GRACE_S
 
     @property
     def hello_wait_s(self) -> float:
