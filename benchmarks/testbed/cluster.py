@@ -17,7 +17,15 @@ from benchmarks.testbed.errors import ProcessError, RequestError, RequirementErr
 from benchmarks.testbed.metrics import Labels, parse_metrics
 from benchmarks.testbed.model import kv_bytes_per_token
 from benchmarks.testbed.network import Direction, Network, NetworkName, NetworkSpec, NodeSpec
-from benchmarks.testbed.processes import PortPicker, Process, Processes, clean_environment, http_ready, wait_until
+from benchmarks.testbed.processes import (
+    PortPicker,
+    Process,
+    Processes,
+    clean_environment,
+    http_ready,
+    uninterrupted,
+    wait_until,
+)
 from benchmarks.testbed.router import RouterKind, router_command
 from benchmarks.testbed.servers import Place, ServerSpec, server_command, server_environment
 from benchmarks.testbed.state import RunState, clean_up_dead_runs
@@ -93,16 +101,17 @@ class Cluster:
         self.close()
 
     def close(self) -> None:
-        """Remove everything. May be called twice; a second Ctrl-C during it leaves the record for `testbed down`."""
-        for client in self.clients.values():
-            client.close()
-        self.clients.clear()
-        self._processes.close()
-        if self.network is not None:
-            self.network.close()
-        for directory in self._state.directories:
-            shutil.rmtree(directory, ignore_errors=True)
-        self._state.discard()
+        """Remove everything; interrupts wait for it. May be called twice."""
+        with uninterrupted():
+            self._processes.close()
+            for client in self.clients.values():
+                client.close()
+            self.clients.clear()
+            if self.network is not None:
+                self.network.close()
+            for directory in self._state.directories:
+                shutil.rmtree(directory, ignore_errors=True)
+            self._state.discard()
 
     @property
     def names(self) -> list[str]:

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Literal
 
 from benchmarks.testbed.errors import NetworkError, RequirementError
-from benchmarks.testbed.state import RunState, remove_link, remove_namespace
+from benchmarks.testbed.state import RunState, remove_link, remove_namespace, tool_environment
 
 NetworkName = Literal["storage", "compute"]
 Direction = Literal["rx", "tx"]  # as seen by the node: rx is what it received
@@ -81,7 +81,7 @@ def missing_requirement() -> str | None:
     if os.geteuid() != 0:
         return "Shaped networks need root (namespaces and traffic shaping): run this as root, or use loopback."
     for program in ("ip", "tc", "nsenter"):
-        if shutil.which(program) is None:
+        if shutil.which(program, path=tool_environment()["PATH"]) is None:
             return f"Shaped networks need `{program}` (Debian: iproute2, util-linux): install it, or use loopback."
     return _namespace_refusal()
 
@@ -97,7 +97,7 @@ def _namespace_refusal() -> str | None:
 
 def run(*command: str) -> str:
     """Run one `ip` or `tc` command; its output. Raises NetworkError with what it printed."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=tool_environment())
     if done.returncode:
         raise NetworkError(f"`{' '.join(command)}` failed: {done.stderr.strip() or done.stdout.strip()}")
     return done.stdout

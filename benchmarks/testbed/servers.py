@@ -79,11 +79,11 @@ def stock_pair(*, decode_hicache: bool, **settings: object) -> tuple[ServerSpec,
     )
 
 
-def dualpath_pair(**settings: object) -> tuple[ServerSpec, ServerSpec]:
+def dualpath_pair(*, kv_connector: str | None = "dualpath", **settings: object) -> tuple[ServerSpec, ServerSpec]:
     """Prefill and decode server with `--kv-connector dualpath`; `settings` are fields of both."""
     return (
-        ServerSpec(role="prefill", kv_connector="dualpath", **settings),  # type: ignore[arg-type]
-        ServerSpec(role="decode", kv_connector="dualpath", **settings),  # type: ignore[arg-type]
+        ServerSpec(role="prefill", kv_connector=kv_connector, **settings),  # type: ignore[arg-type]
+        ServerSpec(role="decode", kv_connector=kv_connector, **settings),  # type: ignore[arg-type]
     )
 
 
@@ -134,6 +134,9 @@ def server_environment(spec: ServerSpec, place: Place, store: Store | None, base
         "SGLANG_HOST_IP": place.compute_address,  # what a server tells its peers; also the address of the KV transfers
         "MOONCAKE_LOCAL_HOSTNAME": place.storage_address,  # of the store's client
         "GLOO_SOCKET_IFNAME": "lo",  # its ranks are on one node
+        # Pools of known size on a machine that holds several servers: SGLang would keep 10 GiB free for each.
+        "SGLANG_CPU_PLATFORM_HOST_RESERVE_BYTES": str(1 << 30),
+        "TOKENIZERS_PARALLELISM": "false",
         # Health checks would each run a request, and readiness is known without.
         "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "false",
     }

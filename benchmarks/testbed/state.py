@@ -152,16 +152,21 @@ def recorded_runs() -> Iterator[RunState]:
             yield RunState(**content)
 
 
+def tool_environment() -> dict[str, str]:
+    """This process's environment, with the directories of `ip` and `tc` on the path, which Debian's users lack."""
+    return {**os.environ, "PATH": os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"}
+
+
 def remove_namespace(name: str) -> None:
     """Delete a namespace with all links that have an end in it; no error when it is gone already."""
     if Path("/var/run/netns", name).exists():
-        subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
+        subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True, env=tool_environment())
 
 
 def remove_link(name: str) -> None:
     """Delete a link of this namespace; no error when it is gone already."""
     if Path("/sys/class/net", name).exists():
-        subprocess.run(["ip", "link", "delete", name], check=False, capture_output=True)
+        subprocess.run(["ip", "link", "delete", name], check=False, capture_output=True, env=tool_environment())
 
 
 def signal_group(pid: int, number: int) -> bool:
