@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.testbed import network as network_module
 from benchmarks.testbed import state as state_module
 from benchmarks.testbed.errors import NetworkError, RequirementError
 from benchmarks.testbed.network import Network, NetworkSpec, NodeSpec, free_subnet, missing_requirement
@@ -37,12 +36,12 @@ def test_no_free_subnet_is_an_error() -> None:
 
 
 def test_without_root_the_reason_is_one_sentence(monkeypatch: pytest.MonkeyPatch, state: RunState) -> None:
-    monkeypatch.setattr(network_module.os, "geteuid", lambda: 1000)
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
     with pytest.raises(RequirementError, match=r"^Shaped networks need root .*\.$"):
         Network(NetworkSpec(), NODES, state)
 
 
 def test_without_iproute2_the_reason_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(network_module.os, "geteuid", lambda: 0)
-    monkeypatch.setattr(network_module.shutil, "which", lambda program, path: None)
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    monkeypatch.setattr("shutil.which", lambda program, path: None)
     assert "iproute2" in (missing_requirement() or "")

@@ -127,7 +127,7 @@ def test_a_process_that_took_over_a_recorded_id_is_left_alone() -> None:
 
 def test_a_state_directory_that_others_can_write_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    monkeypatch.setattr(state_module.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
     path = state_module.state_dir()
     path.chmod(0o777)
     with pytest.raises(TestbedError, match="not a directory of this user alone"):
