@@ -6,11 +6,23 @@ The model is slow and obvious: it asks every question of every page, where the l
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from sglang_dualpath.ledger import Expired, Grant, Ledger, Reserve, Share, Source
 
 Token = tuple[int, int]
 """What a writer writes into a slot: (absolute page, claim id)."""
+
+
+class Spec(NamedTuple):
+    """A read to open, and the shares of its first readers."""
+
+    first_page: int
+    pages: int
+    beyond_storage: int
+    chunk_pages: int
+    local: dict[str, Share]
+    remotes: dict[str, Share]
 
 
 @dataclass(eq=False)

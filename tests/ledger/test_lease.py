@@ -150,3 +150,8 @@ def test_statistics_tell_reclaimed_from_abandoned_pages(ledger, claim):
     ledger.close(now_s=1.0)
     stats = ledger.statistics()
     assert (stats.reclaimed_pages, stats.abandoned_pages, stats.swapped_pages) == (4, 3, 7)
+
+
+def test_revoking_a_reader_without_claims_makes_it_leave(ledger, claim):
+    assert ledger.revoke("de", now_s=0.0) == []
+    assert claim.refused("de") == (RefusalReason.UNKNOWN_READER, False)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from sglang_dualpath.ledger import End, Expired, Grant, Refusal, RefusalReason, Reserve, Share
 
-from .model import ModelReader, Read, Token, Writer
+from .model import ModelReader, Read, Spec, Token, Writer
 
 POOL_SLOTS = 80
 LEASE_S = 1.0
@@ -17,14 +17,28 @@ names = st.sampled_from(NAMES)
 remote_names = st.sampled_from(NAMES[1:])
 limits = st.none() | st.integers(0, 12)
 ends = st.sampled_from(End)
+locals_ = st.builds(Share, ends, limit_pages=limits)
+remotes = st.builds(Share, ends, limit_pages=limits, lease_s=st.just(LEASE_S), exposed=st.just(True))
+words = st.lists(st.none() | st.integers(0, 4), max_size=12)
+"""How many pages of each claim turn out good; all of them where the list ends."""
+
+
+specs = st.builds(
+    Spec,
+    st.integers(0, 50),
+    st.integers(1, 24),
+    st.just(0) | st.integers(0, 6),
+    st.integers(1, 8),
+    st.dictionaries(st.just("pe"), locals_, max_size=1),
+    st.dictionaries(remote_names, remotes, min_size=1),
+)
+picks = st.integers(0, 11)
+"""Which of the open reads, or of the writers at work."""
 
 
 class LedgerMachine(RuleBasedStateMachine):
-    reads = Bundle("reads")
-    writers = Bundle("writers")
-
-    @initialize(spares=st.integers(0, 12))
-    def start(self, spares: int) -> None:
+    @initialize(spares=st.integers(0, 12), spec=specs)
+    def start(self, spares: int, spec: Spec) -> None:
         self.now_s = 0.0
         self.memory: dict[int, Token] = {}
         self.reserve = Reserve(range(spares))
@@ -35,37 +49,23 @@ class LedgerMachine(RuleBasedStateMachine):
         self.others: dict[int, str] = {}
         """Slots that were freed and are somebody else's now, who wrote into them."""
         self.at_work: dict[int, Writer] = {}
+        self.open_read(spec)
 
     # Reads and readers
 
-    @rule(
-        target=reads,
-        first=st.integers(0, 50),
-        pages=st.integers(1, 24),
-        beyond_storage=st.integers(0, 6),
-        chunk=st.integers(1, 8),
-        local=st.builds(Share, ends, limit_pages=limits),
-        silent=st.booleans(),
-    )
-    def open_read(
-        self, first: int, pages: int, beyond_storage: int, chunk: int, local: Share, silent: bool
-    ) -> Read | None:
-        if pages > len(self.free):
-            return None
-        slots, self.free = self.free[:pages], self.free[pages:]
-        read = Read(first, slots, first + max(0, pages - beyond_storage), self.reserve, chunk, key=len(self.open))
-        self.open.append(read)
-        if not silent:
-            self.join(read, "pe", local)
-        return read
+    def read(self, pick: int) -> Read:
+        return self.open[pick % len(self.open)]
 
-    @rule(
-        read=reads,
-        name=remote_names,
-        share=st.builds(Share, ends, limit_pages=limits, lease_s=st.just(LEASE_S), exposed=st.just(True)),
-    )
-    def join_remote(self, read: Read | None, name: str, share: Share) -> None:
-        if read is not None:
+    @precondition(lambda self: len(self.open) < 3)
+    @rule(spec=specs)
+    def open_read(self, spec: Spec) -> None:
+        if spec.pages > len(self.free):
+            return
+        slots, self.free = self.free[: spec.pages], self.free[spec.pages :]
+        storage_end = spec.first_page + max(0, spec.pages - spec.beyond_storage)
+        read = Read(spec.first_page, slots, storage_end, self.reserve, spec.chunk_pages, key=len(self.open))
+        self.open.append(read)
+        for name, share in {**spec.local, **spec.remotes}.items():
             self.join(read, name, share)
 
     def join(self, read: Read, name: str, share: Share) -> None:
@@ -76,28 +76,41 @@ class LedgerMachine(RuleBasedStateMachine):
             reader = read.readers.setdefault(name, ModelReader(share, not share.exposed))
             reader.share, reader.active, reader.resting = share, True, False
 
-    @rule(read=reads, name=remote_names, first=st.integers(0, 80), pages=st.integers(0, 20), lease_s=st.floats(0, 2))
-    def reserve_range(self, read: Read | None, name: str, first: int, pages: int, lease_s: float) -> None:
-        if read is None:
-            return
+    @precondition(lambda self: self.open)
+    @rule(pick=picks, name=remote_names, how=st.sampled_from(["join", "leave", "suspect"]), share=remotes)
+    def readers_change(self, pick: int, name: str, how: str, share: Share) -> None:
+        read = self.read(pick)
+        match how:
+            case "join":
+                self.join(read, name, share)
+            case "leave":
+                self.leave(read, name)
+            case "suspect":
+                self.revoke(read, name)
+
+    def leave(self, read: Read, name: str) -> None:
+        read.ledger.leave(name, now_s=self.now_s)
+        if name in read.readers:
+            read.left(name)
+
+    @precondition(lambda self: self.open)
+    @rule(pick=picks, name=remote_names, skip=st.integers(-4, 20), pages=st.integers(1, 20), lease_s=st.floats(0, 2))
+    def reserve_range(self, pick: int, name: str, skip: int, pages: int, lease_s: float) -> None:
+        read = self.read(pick)
+        first = read.first_page + skip
         reader = read.readers.get(name)
         known = read.ledger.reserve_range(name, first, first + pages, until_s=self.now_s + lease_s)
         assert known == (reader is not None and reader.active)
         if known and reader is not None:
             reader.held |= (set(range(first, first + pages)) & set(read.state)) - reader.barred
 
-    @rule(read=reads, name=remote_names)
-    def leave(self, read: Read | None, name: str) -> None:
-        if read is not None:
-            read.ledger.leave(name, now_s=self.now_s)
-            if name in read.readers:
-                read.left(name)
-
     # Claims and words
 
-    @rule(target=writers, read=reads, name=names, max_pages=st.none() | st.integers(1, 9))
-    def claim(self, read: Read | None, name: str, max_pages: int | None) -> Writer | None:
-        return None if read is None else self.claim_for(read, name, max_pages)
+    @precondition(lambda self: self.open)
+    @rule(pick=picks, claims=st.lists(st.tuples(names, st.none() | st.integers(1, 9)), min_size=1, max_size=6))
+    def claim(self, pick: int, claims: list[tuple[str, int | None]]) -> None:
+        for name, max_pages in claims:
+            self.claim_for(self.read(pick), name, max_pages)
 
     def claim_for(self, read: Read, name: str, max_pages: int | None = None) -> Writer | None:
         reader = read.readers.get(name)
@@ -133,11 +146,15 @@ class LedgerMachine(RuleBasedStateMachine):
                 assert not any(reader.may_claim(page, read.storage_end) for page in free)
 
     @precondition(lambda self: self.at_work)
-    @rule(writer=writers, offset=st.integers(0, 8))
-    def write(self, writer: Writer | None, offset: int) -> None:
-        """One page arrives: perhaps in time, perhaps long after the claim was taken away."""
-        if writer is not None and writer.grant.claim_id in self.at_work:
+    @rule(arrivals=st.lists(st.tuples(picks, picks), min_size=1, max_size=6))
+    def write(self, arrivals: list[tuple[int, int]]) -> None:
+        """Pages arrive: perhaps in time, perhaps long after their claim was taken away."""
+        for pick, offset in arrivals:
+            writer = self.writer(pick)
             self.write_page(writer, offset % writer.grant.pages)
+
+    def writer(self, pick: int) -> Writer:
+        return list(self.at_work.values())[pick % len(self.at_work)]
 
     def write_page(self, writer: Writer, offset: int) -> None:
         slot, page = writer.grant.slots[offset], writer.grant.first_page + offset
@@ -152,10 +169,11 @@ class LedgerMachine(RuleBasedStateMachine):
             assert writer.read.slot(page) == slot
         self.memory[slot] = (page, writer.grant.claim_id)
 
-    @rule(writer=consumes(writers), good=st.none() | st.integers(0, 8))
-    def last_word(self, writer: Writer | None, good: int | None) -> None:
-        if writer is not None and writer.grant.claim_id in self.at_work:
-            self.speak(writer, good)
+    @precondition(lambda self: self.at_work)
+    @rule(words=st.lists(st.tuples(picks, st.none() | st.integers(0, 4)), min_size=1, max_size=4))
+    def last_words(self, words: list[tuple[int, int | None]]) -> None:
+        for pick, good in words[: len(self.at_work)]:
+            self.speak(self.writer(pick), good)
 
     def speak(self, writer: Writer, good: int | None) -> None:
         """The writer writes its good pages (again, and with a page more than it vouches for), says so, and ends."""
@@ -182,22 +200,18 @@ class LedgerMachine(RuleBasedStateMachine):
 
     # Time, suspicion, the end
 
-    @rule(seconds=st.floats(0.0, 1.5))
-    def time_passes(self, seconds: float) -> None:
+    @precondition(lambda self: self.open)
+    @rule(pick=picks, seconds=st.floats(0.0, 1.5))
+    def time_passes(self, pick: int, seconds: float) -> None:
         self.now_s += seconds
+        self.expire(self.read(pick))
 
-    @rule(read=reads)
-    def expire(self, read: Read | None) -> None:
-        if read is None:
-            return
+    def expire(self, read: Read) -> None:
         self.take_away(read, read.ledger.expire(now_s=self.now_s))
         for grant in read.ledger.open_grants():
             assert grant.expires_s is None or grant.expires_s > self.now_s
 
-    @rule(read=reads, name=remote_names)
-    def revoke(self, read: Read | None, name: str) -> None:
-        if read is None:
-            return
+    def revoke(self, read: Read, name: str) -> None:
         if name in read.readers:
             read.left(name)
         self.take_away(read, read.ledger.revoke(name, now_s=self.now_s))
@@ -208,25 +222,31 @@ class LedgerMachine(RuleBasedStateMachine):
             assert expired.key in self.reserve.quarantine_keys()
             read.taken_away(expired, self.at_work[expired.grant.claim_id])
 
-    @rule(read=reads, page_count=st.integers(0, 24))
-    def ask_whether_settled(self, read: Read | None, page_count: int) -> None:
-        if read is None:
-            return
+    @precondition(lambda self: self.open)
+    @rule(pick=picks, page_count=st.integers(0, 24))
+    def ask_whether_settled(self, pick: int, page_count: int) -> None:
+        read = self.read(pick)
         enough = read.landed_prefix() >= min(page_count, len(read.slots))
         settled = read.settled()
         assert read.ledger.settled_through(page_count) == (enough or settled)
         read.settled_short |= settled and not enough and not read.closed
 
-    @rule(read=consumes(reads))
-    def abort(self, read: Read | None) -> None:
-        if read is not None:
-            self.end(read, keep=False)
+    @precondition(lambda self: self.open)
+    @rule(pick=picks, how=st.sampled_from(["abort", "short", "drain", "alone"]), goods=words)
+    def end_read(self, pick: int, how: str, goods: list[int | None]) -> None:
+        read = self.read(pick)
+        match how:
+            case "abort":
+                self.end(read, keep=False)
+            case "short":
+                self.end(read, keep=True)
+            case "drain":
+                self.drain(read, goods)
+            case "alone":
+                self.finish_alone(read, goods)
 
-    @rule(read=consumes(reads))
-    def drain(self, read: Read | None) -> None:
-        """All readers work as they should from now on: the read settles in as many steps as it has pages."""
-        if read is None:
-            return
+    def drain(self, read: Read, goods: list[int | None]) -> None:
+        """All readers answer from now on, if not always well: the read settles in steps bounded by its pages."""
         self.finish_open_claims(read)
         # Each round grants a page, or ends a reader's part, or waits out a reservation.
         for _ in range(3 * len(read.slots) * len(NAMES) + 10):
@@ -236,16 +256,16 @@ class LedgerMachine(RuleBasedStateMachine):
             for name in read.readers:
                 writer = None if read.readers[name].resting else self.claim_for(read, name)
                 if writer is not None:
-                    self.speak(writer, None)
+                    self.speak(writer, goods.pop() if goods else None)
+            # Others may hold all spares for at most a lease, and then until their last word.
+            for other in self.open:
+                self.expire(other)
             self.let_the_late_speak()
         assert read.ledger.settled, "a read in which all work does not end"
         self.end(read, keep=True)
 
-    @rule(read=consumes(reads))
-    def finish_alone(self, read: Read | None) -> None:
+    def finish_alone(self, read: Read, goods: list[int | None]) -> None:
         """All remote readers are lost: the local one finishes what it can, and whatever else landed stays."""
-        if read is None:
-            return
         for name in NAMES[1:]:
             self.revoke(read, name)
         self.finish_open_claims(read)
@@ -253,7 +273,7 @@ class LedgerMachine(RuleBasedStateMachine):
             writer = self.claim_for(read, "pe")
             if writer is None:
                 break
-            self.speak(writer, None)
+            self.speak(writer, goods.pop() if goods else None)
         assert read.ledger.settled, "the local reader alone does not end the read"
         local = read.readers.get("pe")
         for page in range(read.first_page, read.first_page + read.landed_prefix() + 1):
@@ -261,8 +281,11 @@ class LedgerMachine(RuleBasedStateMachine):
             assert read.settled_short or lost or read.landed(page), "a page was lost"
         self.end(read, keep=True)
 
+    def open_writers(self, read: Read) -> list[Writer]:
+        return [writer for writer in self.at_work.values() if writer.read is read and not writer.taken_away]
+
     def finish_open_claims(self, read: Read) -> None:
-        for writer in [w for w in self.at_work.values() if w.read is read and not w.taken_away]:
+        for writer in self.open_writers(read):
             self.speak(writer, None)
 
     def let_the_late_speak(self) -> None:
@@ -275,6 +298,8 @@ class LedgerMachine(RuleBasedStateMachine):
         read.closed = True
         self.take_away(read, read.ledger.close(now_s=self.now_s))
         assert read.ledger.close(now_s=self.now_s) == []
+        assert not any(writer.exposed for writer in self.open_writers(read)), "a remote writer outlives the close"
+        assert read.ledger.open_local_claims() == len(self.open_writers(read))
         self.finish_open_claims(read)
         assert read.ledger.open_local_claims() == 0
         assert read.ledger.settled
@@ -290,20 +315,16 @@ class LedgerMachine(RuleBasedStateMachine):
                 self.others[slot] = f"after page {page}"
                 self.memory.pop(slot, None)
 
-    @precondition(lambda self: self.tree or self.others)
     @rule()
     def evict(self) -> None:
-        self.free += [*self.tree, *self.others]
+        """Slots go back to the pool. With no read open, it is cleared: all slots but the exposed ones are free."""
+        if self.open:
+            self.free += [*self.tree, *self.others]
+        else:
+            pool = sorted(set(range(POOL_SLOTS)) - self.reserve.exposed_slots(), reverse=True)
+            self.reserve.reseat(pool[: self.reserve.spares])
+            self.free = pool[self.reserve.spares :]
         self.tree, self.others = {}, {}
-
-    @precondition(lambda self: not self.open)
-    @rule()
-    def flush(self) -> None:
-        """The host pool is cleared: all slots are free but those that a late writer may still write to."""
-        pool = sorted(set(range(POOL_SLOTS)) - self.reserve.exposed_slots(), reverse=True)
-        self.tree, self.others = {}, {}
-        self.reserve.reseat(pool[: self.reserve.spares])
-        self.free = pool[self.reserve.spares :]
 
     # What holds at all times
 
@@ -337,7 +358,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def check(self, read: Read) -> None:
         ledger, stats = read.ledger, read.ledger.statistics()
-        open_grants = [w.grant for w in self.at_work.values() if w.read is read and not w.taken_away]
+        open_grants = [writer.grant for writer in self.open_writers(read)]
         unclaimed = [page for page, state in read.state.items() if state is None]
         assert ledger.slots == tuple(read.slots)
         assert ledger.landed_prefix() == read.landed_prefix()
@@ -357,12 +378,12 @@ class LedgerMachine(RuleBasedStateMachine):
         if not hasattr(self, "reserve"):
             return
         for read in list(self.open):
-            self.finish_alone(read)
+            self.finish_alone(read, [])
         self.let_the_late_speak()
         assert not self.at_work
         assert self.reserve.free == self.reserve.size
         self.no_slot_is_lost_or_owned_twice()
 
 
-LedgerMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+LedgerMachine.TestCase.settings = settings(max_examples=300, stateful_step_count=60, deadline=None)
 TestEveryInterleaving = LedgerMachine.TestCase

@@ -156,3 +156,10 @@ def test_a_reservation_of_a_reader_without_lease_is_not_renewed(open_ledger, cla
     assert claim("de", now_s=0.9).expires_s is None
     assert claim.span("pe", now_s=1.0) == (107, 108)
     assert ledger.join("de", REMOTE)
+
+
+def test_a_reader_that_comes_back_must_say_again_what_it_holds(ledger, claim):
+    ledger.reserve_range("de", 110, 116, until_s=1.0)
+    ledger.leave("de", now_s=0.0)
+    ledger.join("de", REMOTE)
+    assert claim("de").source is Source.STORAGE
