@@ -43,18 +43,28 @@ def identity_model(directory: Path) -> Path:
     return _made(directory / "gqa-float32-16k", kind="gqa", dtype="float32", layers=4, kv_heads=8, head_width=64)
 
 
+def small_identity_model(directory: Path) -> Path:
+    """A smaller fp32 GQA model for tests of outputs: 4 layers x 2 x 2 KV heads x 32 x 4 bytes = 2 KB a token."""
+    return _made(directory / "gqa-float32-2k", kind="gqa", dtype="float32", layers=4, kv_heads=2, head_width=32)
+
+
+def identity_mla_model(directory: Path) -> Path:
+    """An fp32 MLA model for tests of outputs."""
+    return _made(directory / "mla-float32", kind="mla", dtype="float32", layers=4, kv_heads=1, head_width=256)
+
+
 def speed_model(directory: Path) -> Path:
     """The bf16 GQA model of the fixed setting: 8 layers x 2 x 8 KV heads x 64 x 2 bytes = 16 KB of KV per token."""
     return _made(directory / "gqa-bfloat16-16k", kind="gqa", dtype="bfloat16", layers=8, kv_heads=8, head_width=64)
 
 
-def _made(path: Path, *, kind: Any, dtype: str, layers: int, kv_heads: int, head_width: int) -> Path:
+def _made(path: Path, *, kind: Any, dtype: str, **sizes: int) -> Path:
     if (path / "model.safetensors").exists():
         return path
     import torch
     from sglang_cpu_platform.models import Geometry, make_model
 
-    geometry = Geometry(kind=kind, dtype=getattr(torch, dtype), layers=layers, kv_heads=kv_heads, head_width=head_width)
+    geometry = Geometry(kind=kind, dtype=getattr(torch, dtype), **sizes)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Made beside its place and then renamed: an interrupted run leaves no half a model behind.
     unfinished = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))

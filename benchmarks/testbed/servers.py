@@ -131,7 +131,7 @@ def server_environment(spec: ServerSpec, place: Place, store: Store | None, base
     environment |= {
         "SGLANG_PLATFORM": "dualpath_cpu",
         "OMP_NUM_THREADS": "1",
-        # SGLang compiles small functions at their first call; for a tiny model that costs 15 s of two cores and gains nothing.
+        # SGLang compiles small functions at their first call: 15 s of two cores, for nothing with a tiny model.
         "TORCHDYNAMO_DISABLE": "1",
         "SGLANG_HOST_IP": place.compute_address,  # what a server tells its peers; also the address of the KV transfers
         "MOONCAKE_LOCAL_HOSTNAME": place.storage_address,  # of the store's client

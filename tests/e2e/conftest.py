@@ -1,0 +1,111 @@
+"""Clusters of real servers, one at a time: a pair takes some 8 GB and a minute to start."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from benchmarks.testbed.cluster import Cluster, ClusterSpec
+from benchmarks.testbed.model import identity_mla_model, small_identity_model
+from benchmarks.testbed.servers import dualpath_pair, stock_pair
+from benchmarks.testbed.store import StoreSpec
+from tests.e2e import policies
+from tests.e2e.cover import Model, Row
+from tests.e2e.prompts import Outputs, Prompts, ask_all, differences, make_prompts
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+MODELS: Mapping[Model, Callable[[Path], Path]] = {"gqa": small_identity_model, "mla": identity_mla_model}
+STORE_BYTES = 1 << 30
+SETTINGS = {"max_total_tokens": 16_000, "hicache_ratio": 2.0, "chunked_prefill_tokens": 4096}
+
+
+@pytest.fixture(scope="session")
+def prompts() -> Prompts:
+    return make_prompts()
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory of this run; logs of servers stay in out/e2e of the checkout."""
+    return tmp_path_factory.mktemp("e2e")
+
+
+@pytest.fixture(scope="session")
+def model_path() -> Callable[[Model], Path]:
+    return lambda model: MODELS[model](REPOSITORY / "out" / "models")
+
+
+class References:
+    """Stock SGLang's outputs by model, made once by a stock pair that is ended before ours starts."""
+
+    def __init__(self, prompts: Prompts, model_path: Callable[[Model], Path]) -> None:
+        self._prompts = prompts
+        self._model_path = model_path
+        self._made: dict[Model, Outputs] = {}
+        self.self_differences: dict[Model, int] = {}
+
+    def of(self, model: Model) -> Outputs:
+        if model not in self._made:
+            spec = ClusterSpec(
+                model=self._model_path(model),
+                servers=stock_pair(decode_hicache=True, **SETTINGS),
+                store=StoreSpec(capacity_bytes=STORE_BYTES),
+            )
+            with Cluster(spec, log_dir=log_dir(f"stock-{model}")) as cluster:
+                first = ask_all(cluster, self._prompts)
+                cluster.flush()
+                again = ask_all(cluster, self._prompts)
+                self.self_differences[model] = len(differences(again, first))
+                self._made[model] = first
+        return self._made[model]
+
+
+def log_dir(name: str) -> Path:
+    path = REPOSITORY / "out" / "e2e" / name
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+@pytest.fixture(scope="session")
+def references(prompts: Prompts, model_path: Callable[[Model], Path]) -> References:
+    return References(prompts, model_path)
+
+
+class Pair:
+    """A DualPath pair whose policy can be switched."""
+
+    def __init__(self, cluster: Cluster, policy_file: Path, row: Row) -> None:
+        self.cluster = cluster
+        self.row = row
+        self._policy_file = policy_file
+
+    def use_policy(self, name: str) -> None:
+        self._policy_file.write_text(name)
+
+
+@pytest.fixture(scope="module")
+def pair(
+    request: pytest.FixtureRequest, work: Path, model_path: Callable[[Model], Path], references: References
+) -> Iterator[Pair]:
+    row: Row = request.param
+    references.of(row.model)  # before ours starts: both at once do not fit
+    policy_file = work / f"policy-{row}"
+    settings = {
+        **SETTINGS,
+        "extra_flags": ("--dualpath-policy", "tests.e2e.policies:Switchable"),
+        "extra_env": {
+            policies.FILE_ENV: str(policy_file),
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])),
+        },
+    }
+    spec = ClusterSpec(
+        model=model_path(row.model),
+        servers=dualpath_pair(**settings),
+        store=StoreSpec(kind=row.store, capacity_bytes=STORE_BYTES),
+        router=row.router,
+    )
+    with Cluster(spec, log_dir=log_dir(str(row))) as cluster:
+        yield Pair(cluster, policy_file, row)

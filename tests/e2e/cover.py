@@ -1,0 +1,45 @@
+"""Which combinations of store, router and model the end-to-end tests run.
+
+`COVER` has every pair of values of any two factors at least once; `DUALPATH_TEST_ALL=1` (``make test-all``) runs the
+full cross instead.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from typing import Literal, NamedTuple
+
+Store = Literal["mooncake", "file"]
+Router = Literal["gateway", "mini_lb"]
+Model = Literal["gqa", "mla"]
+
+STORES: tuple[Store, ...] = ("mooncake", "file")
+ROUTERS: tuple[Router, ...] = ("gateway", "mini_lb")
+MODELS: tuple[Model, ...] = ("gqa", "mla")
+
+
+class Row(NamedTuple):
+    """One cluster that is started."""
+
+    store: Store
+    router: Router
+    model: Model
+
+    def __str__(self) -> str:
+        return "-".join(self)
+
+
+COVER = (
+    Row("mooncake", "gateway", "gqa"),
+    Row("file", "mini_lb", "gqa"),
+    Row("mooncake", "mini_lb", "mla"),
+    Row("file", "gateway", "mla"),
+)
+FULL = tuple(Row(*values) for values in itertools.product(STORES, ROUTERS, MODELS))
+
+
+def rows() -> tuple[Row, ...]:
+    """The rows of this run, those of one model together, because its reference outputs are made once."""
+    chosen = FULL if os.environ.get("DUALPATH_TEST_ALL") else COVER
+    return tuple(sorted(chosen, key=lambda row: row.model))

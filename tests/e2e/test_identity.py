@@ -1,0 +1,184 @@
+"""Token for token the same as stock SGLang, for every policy, in every state of the two caches."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tests.e2e.conftest import Pair, References
+from tests.e2e.counters import count
+from tests.e2e.cover import Row, rows
+from tests.e2e.prompts import NEW_TOKENS, PAGE, Outputs, Prompts, ask, ask_all, differences
+
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.timeout(600),
+    pytest.mark.parametrize("pair", rows(), ids=str, indirect=True),
+]
+POLICIES = ("prefill", "decode", "shorter_queue", "split")
+
+
+@pytest.fixture
+def expected(pair: Pair, references: References) -> Outputs:
+    return references.of(pair.row.model)
+
+
+@pytest.fixture
+def split(pair: Pair) -> Pair:
+    pair.use_policy("split")
+    return pair
+
+
+def test_stock_agrees_with_itself(pair: Pair, references: References) -> None:
+    references.of(pair.row.model)
+    assert references.self_differences[pair.row.model] == 0
+
+
+def test_outputs_are_those_of_stock_when_nothing_is_cached(split: Pair, prompts: Prompts, expected: Outputs) -> None:
+    split.cluster.flush()
+    assert differences(ask_all(split.cluster, prompts), expected) == {}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_outputs_are_those_of_stock_when_all_comes_from_storage(
+    pair: Pair, prompts: Prompts, expected: Outputs, policy: str
+) -> None:
+    pair.use_policy(policy)
+    pair.cluster.flush()
+    before = count(pair.cluster)
+    assert differences(ask_all(pair.cluster, prompts), expected) == {}
+    seen = count(pair.cluster).since(before)
+    prefill, decode = seen.total("read_bytes_total", "prefill"), seen.total("read_bytes_total", "decode")
+    if policy != "shorter_queue":  # with one request at a time the queues are equal, and prefill takes them all
+        assert (prefill > 0) == (policy != "decode")
+        assert (decode > 0) == (policy != "prefill")
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("flushed", ["decode", "prefill", "neither"])
+def test_outputs_are_those_of_stock_when_one_side_holds_more(
+    pair: Pair, prompts: Prompts, expected: Outputs, policy: str, flushed: str
+) -> None:
+    pair.use_policy(policy)
+    some = {name: prompts[name] for name in list(prompts)[8::3] if len(prompts[name]) < 4000}
+    ask_all(pair.cluster, some)
+    if flushed != "neither":
+        pair.cluster.flush(prefill=flushed == "prefill", decode=flushed == "decode")
+    assert differences(ask_all(pair.cluster, some), expected) == {}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_concurrent_requests_that_share_a_prefix(pair: Pair, prompts: Prompts, expected: Outputs, policy: str) -> None:
+    pair.use_policy(policy)
+    shared = {name: tokens for name, tokens in prompts.items() if name.startswith("shared")}
+    pair.cluster.flush()
+    assert differences(ask_all(pair.cluster, shared, at_once=6), expected) == {}
+
+
+def test_a_longer_prompt_continues_a_stored_one(split: Pair, prompts: Prompts) -> None:
+    """The decode side holds, after its own generation, what prefill never computed."""
+    cluster = split.cluster
+    start = prompts["length-1536"]
+    answer = ask(cluster, start)
+    longer = [*start, *answer, *prompts["length-200"]]
+    plain = ask(cluster, longer)
+    cluster.flush()
+    assert ask(cluster, longer) == plain
+    cluster.flush(decode=False)
+    assert ask(cluster, longer) == plain
+
+
+def test_streaming_gives_the_same_tokens(split: Pair, prompts: Prompts, expected: Outputs) -> None:
+    split.cluster.flush()
+    name = "length-1536"
+    got = split.cluster.generate(input_ids=prompts[name], max_new_tokens=NEW_TOKENS, stream=True)
+    assert got.output_ids == expected[name]
+
+
+def test_a_cache_salt_keeps_its_own_pages(split: Pair, prompts: Prompts, expected: Outputs) -> None:
+    name = "length-1025"
+    split.cluster.flush()
+    before = count(split.cluster)
+    assert ask(split.cluster, prompts[name], cache_salt="one") == expected[name]
+    fresh = count(split.cluster).since(before).total("read_bytes_total")
+    split.cluster.flush()
+    assert ask(split.cluster, prompts[name], cache_salt="one") == expected[name]
+    again = count(split.cluster).since(before).total("read_bytes_total") - fresh
+    if split.row.router == "mini_lb":  # the gateway drops fields that it does not know
+        assert fresh == 0
+    assert again > 0
+
+
+def test_several_samples_of_one_prompt(split: Pair, prompts: Prompts, expected: Outputs) -> None:
+    """Greedy samples of one prompt share its room, and all equal the single one."""
+    name = "length-700"
+    split.cluster.flush()
+    body = {"temperature": 0.0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True, "n": 2}
+    answer = split.cluster.clients["router"].post(
+        "/generate", {"input_ids": list(prompts[name]), "sampling_params": body}
+    )
+    assert answer.status_code == 200, answer.text
+    samples = answer.json()
+    assert [tuple(sample["output_ids"]) for sample in samples] == [expected[name]] * 2
+
+
+def test_a_swapped_page_shows(split: Pair, prompts: Prompts, expected: Outputs) -> None:
+    """Proof that the comparison would notice a wrong page: two pages of the store change places."""
+    store = split.cluster.store
+    assert store is not None
+    if store.directory is None:
+        return  # a Mooncake store cannot be edited from outside; the `file` rows do this
+    name = "length-2100"
+    split.cluster.flush()
+    assert ask(split.cluster, prompts[name]) == expected[name]
+    split.cluster.flush()
+    files = sorted(path for path in store.directory.rglob("*") if path.is_file())
+    contents = [path.read_bytes() for path in files]
+    shifted = contents[1:] + contents[:1]
+    try:
+        for path, content in zip(files, shifted, strict=True):
+            path.write_bytes(content)
+        assert ask(split.cluster, prompts[name]) != expected[name]
+    finally:
+        for path, content in zip(files, contents, strict=True):
+            path.write_bytes(content)
+    split.cluster.flush()
+    assert ask(split.cluster, prompts[name]) == expected[name]
+
+
+def test_two_hundred_requests_at_once_end(split: Pair, prompts: Prompts, expected: Outputs) -> None:
+    """More than the pools hold: prefetches are parked and reissued, both engines read, and every output is right."""
+    names = [name for name in prompts if 250 < len(prompts[name]) < 1600]
+    work = [names[number % len(names)] for number in range(200)]
+    split.cluster.flush()
+    before = count(split.cluster)
+    with ThreadPoolExecutor(200) as pool:
+        answers = list(pool.map(lambda name: ask(split.cluster, prompts[name]), work))
+    wrong = [name for name, ids in zip(work, answers, strict=True) if ids != expected[name]]
+    assert wrong == []
+    seen = count(split.cluster).since(before)
+    assert seen.total("read_bytes_total", "prefill") > 0
+    assert seen.total("read_bytes_total", "decode") > 0
+
+
+def test_all_read_bytes_are_hit_bytes(split: Pair, prompts: Prompts, expected: Outputs) -> None:
+    """Read once: what both engines read together is what the prompt's pages weigh, not a page more."""
+    name = "length-8300"
+    split.cluster.flush()
+    before = count(split.cluster)
+    assert ask(split.cluster, prompts[name]) == expected[name]
+    seen = count(split.cluster).since(before)
+    pages = (len(prompts[name]) - 1) // PAGE
+    page_bytes = split.cluster.kv_bytes_per_token * PAGE
+    reclaimed = seen.total("fallbacks_total", "lease_expired")
+    if reclaimed == 0:  # a busy machine may take a claim from its reader, which is counted
+        assert seen.total("read_bytes_total") == pages * page_bytes
+
+
+def test_rows_cover_every_pair_of_values(pair: Pair) -> None:
+    chosen: set[Row] = set(rows())
+    for first in range(3):
+        for second in range(first + 1, 3):
+            seen = {(row[first], row[second]) for row in chosen}
+            assert len(seen) == 4
