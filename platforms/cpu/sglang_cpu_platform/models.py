@@ -25,6 +25,9 @@ VOCABULARY = 512
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_ID = 256
 INITIALIZER_RANGE = 0.3
+QUERY_NORM = 2.0
+"""Weight of Qwen3's query norm. With 1.0 the attention of 2 heads is so even that, in 3,000 tokens, one page of 64 could
+be replaced without an effect on 12 generated tokens; with 2.0 every page that was tried had one."""
 MAX_CONTEXT_TOKENS = 32_768
 MLA_ROPE_WIDTH = 64
 
@@ -202,7 +205,7 @@ def _weights(shapes: Shapes, dtype: torch.dtype, seed: int) -> dict[str, torch.T
     weights = {}
     for name, shape in shapes.items():
         if len(shape) == 1:  # a norm
-            weights[name] = torch.ones(shape, dtype=dtype)
+            weights[name] = torch.full(shape, QUERY_NORM if "q_norm" in name else 1.0, dtype=dtype)
         else:
             weights[name] = (torch.randn(shape, generator=generator) * INITIALIZER_RANGE).to(dtype)
     return weights
