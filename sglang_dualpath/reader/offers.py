@@ -31,7 +31,7 @@ from sglang_dualpath.protocol import (
     Target,
 )
 from sglang_dualpath.protocol import Grant as GrantMessage
-from sglang_dualpath.reader.prefill import PrefillRead, PrefillReads, Room
+from sglang_dualpath.reader.prefill import OWN, PrefillRead, PrefillReads, Room
 
 logger = logging.getLogger(__name__)
 
@@ -264,8 +264,11 @@ class OfferDesk:
             if share is None:
                 self._refuse_offer(read, room, NoOfferReason.POLICY)
             else:
-                alone = plan.share_of(self._engine) is None
-                self._offer(read, room, share.limit_pages, alone=alone)
+                own = plan.share_of(self._engine)
+                # Without a share of its own the prefill engine's reader stays the fallback, which a limit of 0 makes it.
+                limit = 0 if own is None else own.limit_pages
+                read.ledger.join(OWN, Share(End.BACK, limit_pages=limit), local=True)
+                self._offer(read, room, share.limit_pages)
         self._reads.lock.notify_all()
 
     def _answer_late(self, read: PrefillRead, room: Room) -> None:
@@ -278,7 +281,7 @@ class OfferDesk:
             self._send(room.peer, NoOffer(read.room, reason))
         room.hello = None
 
-    def _offer(self, read: PrefillRead, room: Room, limit_pages: int | None, *, alone: bool) -> None:
+    def _offer(self, read: PrefillRead, room: Room, limit_pages: int | None) -> None:
         hello, peer, number = room.hello, room.peer, read.room
         if hello is None or peer is None or number is None:
             return
@@ -299,8 +302,6 @@ class OfferDesk:
         read.decode, read.peer = hello.engine, peer
         read.ledger.join(hello.engine, Share(End.FRONT, limit_pages=limit_pages, lease_s=config.lease_s, exposed=True))
         held_end = min(hello.held_end_page, span.end_page)
-        if alone:
-            held_end = span.end_page
         if held_end > span.first_page:
             read.ledger.reserve_range(hello.engine, span.first_page, held_end, until_s=now + 2 * config.lease_s)
         room.spoke_s = now
