@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import argparse
 import functools
+import logging
 import os
-import sys
-from typing import Any
+from typing import Any, NoReturn
 
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-from sglang_dualpath.config import add_arguments, read_config
+from sglang_dualpath.config import FLAGS, DualPathConfig, add_arguments, read_config
 from sglang_dualpath.errors import DualPathError
+
+logger = logging.getLogger(__name__)
 
 ADD_FLAGS = "sglang.srt.server_args.ServerArgs.add_cli_args"
 READ_FLAGS = "sglang.srt.server_args.ServerArgs.from_cli_args"
@@ -46,19 +48,39 @@ def _switch_on(arguments: argparse.Namespace) -> bool:
         config = read_config(arguments)
         if config is None:
             return False
-        os.environ.update(config.environ())
+        _hand_down(config)
         _install()
     except DualPathError as error:
         _stop(str(error))
+    except Exception as error:
+        # Raised in a child, SGLang would log it and go on as stock, with half of our hooks.
+        logger.debug("sglang_dualpath could not be set up.", exc_info=True)
+        _stop(f"--kv-connector dualpath could not be set up ({type(error).__name__}: {error}).")
     return True
+
+
+def _stop(sentence: str) -> NoReturn:
+    from sglang_dualpath.compat.stop import stop
+
+    stop(sentence)
+
+
+def _hand_down(config: DualPathConfig) -> None:
+    """Leave the settings in the environment for child processes, in place of those that flags have overruled."""
+    for flag in FLAGS:
+        os.environ.pop(flag.env, None)
+    os.environ.update(config.environ())
 
 
 @functools.cache
 def _install() -> None:
     # Imported here: without the flag none of SGLang's engine is imported by this package.
-    from sglang_dualpath.compat import arguments, hooks, seams
+    from sglang_dualpath.compat import seams
 
+    # First: the modules below import what is checked here.
     seams.check()
+
+    from sglang_dualpath.compat import arguments, hooks
     from sglang_dualpath.connector import mooncake
     from sglang_dualpath.hicache.controller import DualPathCacheController
     from sglang_dualpath.hicache.decode import DualPathDecodeTree
@@ -66,20 +88,13 @@ def _install() -> None:
     from sglang_dualpath.scheduler.decode_queues import DualPathDecodePreallocQueue, DualPathDecodeTransferQueue
     from sglang_dualpath.scheduler.scheduler import DualPathScheduler
 
-    hooks.install(
-        hooks.Replacements(
-            scheduler=DualPathScheduler,
-            prealloc_queue=DualPathDecodePreallocQueue,
-            transfer_queue=DualPathDecodeTransferQueue,
-            controller=DualPathCacheController,
-            kv_classes=mooncake.KV_CLASSES,
-            trees={"prefill": DualPathPrefillTree, "decode": DualPathDecodeTree},
-        )
+    ours = hooks.Replacements(
+        scheduler=DualPathScheduler,
+        prealloc_queue=DualPathDecodePreallocQueue,
+        transfer_queue=DualPathDecodeTransferQueue,
+        controller=DualPathCacheController,
+        kv_classes=mooncake.KV_CLASSES,
+        trees={"prefill": DualPathPrefillTree, "decode": DualPathDecodeTree},
     )
-    arguments.register(hooks.verify)
-
-
-def _stop(sentence: str) -> None:
-    # SGLang logs exceptions of a plugin and goes on; SystemExit ends the server.
-    print(sentence, file=sys.stderr, flush=True)
-    raise SystemExit(1)
+    hooks.install(ours)
+    arguments.register(functools.partial(hooks.verify, ours))

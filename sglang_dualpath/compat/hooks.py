@@ -1,14 +1,15 @@
 """Which classes and functions of SGLang are replaced or wrapped once the switch is on, and the check that they were.
 
-SGLang's hook registry logs and swallows a hook that could not be applied, so ``verify`` looks, and stops the server.
+SGLang's hook registry logs and swallows a hook that could not be applied, and lets the last plugin win that replaces a
+class, so ``verify`` looks at what is there in the end, and stops the server.
 """
 
 from __future__ import annotations
 
 import functools
-import sys
+import pkgutil
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from sglang.srt.mem_cache.registry import (
     create_unified_radix_cache,
@@ -17,16 +18,19 @@ from sglang.srt.mem_cache.registry import (
 )
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-from sglang_dualpath.errors import DualPathError, SeamError
+from sglang_dualpath.compat.stop import stop, stop_on_error
+from sglang_dualpath.errors import SeamError
 
 TREE_BACKEND = "dualpath"
 
-_GET_KV_CLASS = "sglang.srt.disaggregation.utils.get_kv_class"
-_SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
-_PREALLOC = "sglang.srt.disaggregation.decode.DecodePreallocQueue"
-_TRANSFER = "sglang.srt.disaggregation.decode.DecodeTransferQueue"
-_CONTROLLER = "sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller.HybridCacheController"
-REPLACED = (_SCHEDULER, _PREALLOC, _TRANSFER, _CONTROLLER)
+GET_KV_CLASS = "sglang.srt.disaggregation.utils.get_kv_class"
+SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
+PREALLOC_QUEUE = "sglang.srt.disaggregation.decode.DecodePreallocQueue"
+TRANSFER_QUEUE = "sglang.srt.disaggregation.decode.DecodeTransferQueue"
+CONTROLLER = "sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller.HybridCacheController"
+
+__all__ = ["CONTROLLER", "GET_KV_CLASS", "PREALLOC_QUEUE", "SCHEDULER", "TRANSFER_QUEUE", "TREE_BACKEND",
+           "Replacements", "install", "stop", "stop_on_error", "verify"]  # fmt: skip
 
 
 class Replacements(NamedTuple):
@@ -41,53 +45,71 @@ class Replacements(NamedTuple):
     trees: Mapping[str, type]
     """Radix trees by ``--disaggregation-mode``."""
 
+    @property
+    def classes(self) -> dict[str, type]:
+        """Our classes by the dotted path of SGLang's that they replace."""
+        return {
+            SCHEDULER: self.scheduler,
+            PREALLOC_QUEUE: self.prealloc_queue,
+            TRANSFER_QUEUE: self.transfer_queue,
+            CONTROLLER: self.controller,
+        }
+
 
 def install(ours: Replacements) -> None:
     """Register every hook of a server whose switch is on. SGLang applies them; see :func:`verify`."""
-    HookRegistry.register(_GET_KV_CLASS, functools.partial(_our_kv_class, ours.kv_classes), HookType.AROUND)
-    HookRegistry.register(_SCHEDULER, ours.scheduler, HookType.REPLACE)
-    HookRegistry.register(_PREALLOC, ours.prealloc_queue, HookType.REPLACE)
-    HookRegistry.register(_TRANSFER, ours.transfer_queue, HookType.REPLACE)
-    HookRegistry.register(_CONTROLLER, ours.controller, HookType.REPLACE)
+    HookRegistry.register(GET_KV_CLASS, functools.partial(_our_kv_class, ours.kv_classes), HookType.AROUND)
+    for target, replacement in ours.classes.items():
+        HookRegistry.register(target, replacement, HookType.REPLACE)
     if get_radix_cache_factory(TREE_BACKEND) is None:
-        register_radix_cache_backend(TREE_BACKEND, functools.partial(_create_tree, ours.trees))
+        register_radix_cache_backend(TREE_BACKEND, functools.partial(_create_tree, ours))
 
 
-def verify() -> None:
-    """Raise SeamError unless every hook was applied."""
-    missing = [target for target in (_GET_KV_CLASS, *REPLACED) if target not in HookRegistry._patched]
+def verify(ours: Replacements) -> None:
+    """Raise SeamError unless every hook was applied and is in force."""
+    missing = [target for target in (GET_KV_CLASS, *ours.classes) if target not in HookRegistry._patched]
     if missing:
         raise SeamError(
             f"SGLang could not apply the hooks of sglang_dualpath on {', '.join(missing)}; see the log above for the "
             "reason, or drop --kv-connector."
         )
+    lost = [target for target, cls in ours.classes.items() if not _is_in_force(target, cls)]
+    if not _kv_classes_in_force(ours.kv_classes):
+        lost.append(GET_KV_CLASS)
+    if lost:
+        raise SeamError(
+            f"Another plugin changed {', '.join(lost)} too, so --kv-connector dualpath would be without effect; "
+            "name the plugins to load in SGLANG_PLUGINS, or drop --kv-connector."
+        )
 
 
-def _create_tree(trees: Mapping[str, type], ctx: Any) -> Any:
+def _is_in_force(target: str, cls: type) -> bool:
+    found = pkgutil.resolve_name(target)
+    return isinstance(found, type) and issubclass(found, cls)
+
+
+def _kv_classes_in_force(kv_classes: Mapping[type, type]) -> bool:
+    from sglang.srt.disaggregation.utils import KVClassType, TransferBackend, get_kv_class
+
+    wanted = (KVClassType.MANAGER, KVClassType.RECEIVER, KVClassType.BOOTSTRAP_SERVER)
+    found = {get_kv_class(TransferBackend.MOONCAKE, kind) for kind in wanted}
+    return found == set(kv_classes.values())
+
+
+def _create_tree(ours: Replacements, ctx: Any) -> Any:
     """SGLang's tree factory. Runs in every scheduler process, so this is where hooks are verified there."""
     from sglang.srt.runtime_context import get_disagg
 
-    stop_on_error(verify)
+    stop_on_error(functools.partial(verify, ours))
     if ctx.is_hybrid_swa or ctx.is_hybrid_ssm or ctx.is_dsa:
         kind = "sliding-window" if ctx.is_hybrid_swa else "Mamba" if ctx.is_hybrid_ssm else "DSA"
-        stop(f"--kv-connector dualpath does not support {kind} models yet: their cache has more than one pool.")
-    return create_unified_radix_cache(ctx, cache_class=trees[get_disagg().disaggregation_mode])
+        stop(
+            f"--kv-connector dualpath does not support {kind} models: their cache has pages that are not read "
+            "together with the KV pages."
+        )
+    return create_unified_radix_cache(ctx, cache_class=ours.trees[get_disagg().disaggregation_mode])
 
 
 def _our_kv_class(kv_classes: Mapping[type, type], original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     found = original(*args, **kwargs)
     return kv_classes.get(found, found)
-
-
-def stop(sentence: str) -> NoReturn:
-    """End the process with one sentence. SGLang logs a plugin's exceptions and goes on, but lets this one through."""
-    print(sentence, file=sys.stderr, flush=True)
-    raise SystemExit(1)
-
-
-def stop_on_error(check: Callable[[], None]) -> None:
-    """Run ``check`` and end the process with its sentence if it raises one of our errors."""
-    try:
-        check()
-    except DualPathError as error:
-        stop(str(error))
