@@ -150,14 +150,17 @@ class DecodePath:
         """The operation has its host pages: claims may go out, once."""
         with self._opening:
             read = self._by_handle.get(operation.handle)
-            if read is None or getattr(operation, "dualpath_prefetch", None) is not None:
+            if read is None:
                 return
-            # On the operation itself: it is still listed as ongoing after its transfer has ended.
-            operation.dualpath_prefetch = prefetch = self._prefetch(operation)
-        for page_hash in operation.hash_value:
-            self._stored[page_hash] = None
-        while len(self._stored) > _REMEMBERED_HASHES:
-            self._stored.popitem(last=False)
+            prefetch: Prefetch | None = getattr(operation, "dualpath_prefetch", None)
+            if prefetch is None:
+                # On the operation itself: it is still listed as ongoing after its transfer has ended.
+                operation.dualpath_prefetch = prefetch = self._prefetch(operation)
+                for page_hash in operation.hash_value:
+                    self._stored[page_hash] = None
+                while len(self._stored) > _REMEMBERED_HASHES:
+                    self._stored.popitem(last=False)
+        # By whoever comes here first, the scheduler or the IO thread that is about to wait for its pages.
         self.reads.opened(read, prefetch)
 
     def _prefetch(self, operation: Any) -> Prefetch:
@@ -204,9 +207,11 @@ class DecodePath:
         return self.reads.wait(prefetch, prefetch.next_batch(len(hashes)), len(hashes))
 
     def transfer_over(self, operation: Any) -> None:
-        prefetch = getattr(operation, "dualpath_prefetch", None)
-        if prefetch is not None:
-            self.reads.finish(prefetch)
+        with self._opening:
+            if getattr(operation, "dualpath_prefetch", None) is None:
+                # Never asked for: made here, so that it cannot be opened after it has ended.
+                operation.dualpath_prefetch = self._prefetch(operation)
+        self.reads.finish(operation.dualpath_prefetch)
 
     def extend_hit(self, operation: Any, hashes: list[str]) -> list[str]:
         return hashes

@@ -1,7 +1,8 @@
 """Threads that carry a decode engine's chunks: one reads storage, one per prefill engine pushes.
 
 While chunk k is pushed, chunk k+1 is read. A pusher of its own for every prefill engine means that a frozen one delays
-nobody else.
+nobody else: the reader never waits for a pusher, because no more chunks of one engine are carried at a time than
+:class:`~sglang_dualpath.reader.pump.ClaimPump` lets through.
 """
 
 from __future__ import annotations
@@ -16,22 +17,32 @@ from sglang_dualpath.errors import TransferError
 from sglang_dualpath.reader.decode import Chunk, DecodeReads
 from sglang_dualpath.reader.pool import PlaneGeometry, push_plan
 from sglang_dualpath.reader.prefetch import ReadLimit
-from sglang_dualpath.transfer import Transport
+from sglang_dualpath.transfer import Descriptor, Transport
 
 logger = logging.getLogger(__name__)
 
 _IDLE_WAIT_S = 0.1
-# Chunks read and waiting for their push: one, so that the reader is one chunk ahead and pins no more host pages.
-_PUSHES_WAITING = 1
+# A pusher without work for so long ends, lest one is left for every prefill engine that ever was.
+_PUSHER_IDLE_S = 60.0
 
 
 class HopReader:
     """Reads granted chunks out of storage and hands them to the pusher of their prefill engine."""
 
-    def __init__(self, reads: DecodeReads, transport: Transport, *, count: int, limit: ReadLimit) -> None:
+    def __init__(
+        self,
+        reads: DecodeReads,
+        transport: Transport,
+        *,
+        count: int,
+        limit: ReadLimit,
+        pusher_idle_s: float = _PUSHER_IDLE_S,
+    ) -> None:
         self._reads = reads
+        self._chunks = reads.carriage
         self._transport = transport
         self._limit = limit
+        self._pusher_idle_s = pusher_idle_s
         self._stop = threading.Event()
         self._pushers: dict[str, _Pusher] = {}
         self._pushers_lock = threading.Lock()
@@ -44,58 +55,54 @@ class HopReader:
 
     def _run(self) -> None:
         while not self._stop.is_set():
-            chunk = self._reads.next_chunk(_IDLE_WAIT_S)
-            if chunk is None:
-                continue
+            chunk: Chunk | None = None
             try:
-                self._carry(chunk)
+                chunk = self._chunks.next_chunk(_IDLE_WAIT_S)
+                if chunk is not None:
+                    self._carry(chunk)
             except Exception:
-                logger.exception("A chunk of room %s was lost.", chunk.read.room)
+                logger.exception("A chunk of room %s was lost.", chunk.read.room if chunk else "?")
                 metrics.FALLBACKS.add(reason="hop_exception")
-                chunk.reading = False
-                self._reads.pushed(chunk, "internal error, see the decode server's log")
+                if chunk is not None:
+                    self._chunks.pushed(chunk, "internal error, see the decode server's log")
+                else:
+                    self._stop.wait(_IDLE_WAIT_S)  # an error that repeats must not take a core
 
     def _carry(self, chunk: Chunk) -> None:
         if not chunk.grant.memory:
-            self._read(chunk)
+            slots = self._chunks.source_slots(chunk)
+            delay_s = self._limit.delay_s(len(slots) * self._reads.pages.page_bytes)
+            if delay_s:
+                self._stop.wait(delay_s)
+            problem = self._chunks.refused_push(chunk)
+            if problem is not None:
+                self._chunks.pushed(chunk, problem)
+                return
+            self._read(chunk, slots)
         offer = chunk.read.offer
         assert offer is not None
         if chunk.good_pages == 0:
-            self._reads.pushed(chunk, None)
+            self._chunks.pushed(chunk, None)
             return
-        if not self._pusher(offer.target.session).put(chunk):
-            self._reads.pushed(chunk, "the prefill engine takes no more pushes")
+        # Under the lock: a pusher that is idle ends only while nothing is handed to it.
+        with self._pushers_lock:
+            session = offer.target.session
+            if session not in self._pushers:
+                self._pushers[session] = _Pusher(self, session)
+            self._pushers[session].queue.put(chunk)
 
-    def _read(self, chunk: Chunk) -> None:
+    def _read(self, chunk: Chunk, slots: list[int]) -> None:
         prefetch = chunk.read.prefetch
         assert prefetch is not None
-        slots = self._reads.source_slots(chunk)
-        delay_s = self._limit.delay_s(len(slots) * self._reads.pages.page_bytes)
-        if delay_s:
-            self._stop.wait(delay_s)
         started = time.monotonic()
         good = 0
         try:
             if not prefetch.is_cancelled():
-                good = prefetch.read_pages(chunk.grant.first_page - prefetch.first_page, slots)
+                good = prefetch.read_pages(chunk.first_page - prefetch.first_page, slots)
         except Exception:
             logger.exception("Storage read of %d pages failed for room %s.", len(slots), chunk.read.room)
             metrics.FALLBACKS.add(reason="storage_exception")
-        self._reads.was_read(chunk, good, time.monotonic() - started)
-
-    def _pusher(self, session: str) -> _Pusher:
-        with self._pushers_lock:
-            pusher = self._pushers.get(session)
-            if pusher is None:
-                pusher = self._pushers[session] = _Pusher(self._reads, self._transport, session)
-            return pusher
-
-    def forget(self, session: str) -> None:
-        """The prefill engine with this session is gone; its pusher ends."""
-        with self._pushers_lock:
-            pusher = self._pushers.pop(session, None)
-        if pusher is not None:
-            pusher.stop()
+        self._chunks.was_read(chunk, max(0, min(good, len(slots))), time.monotonic() - started)
 
     def stop(self) -> None:
         """Ask all threads to end; what they do now is finished first. Does not wait longer than 2 s for each."""
@@ -103,59 +110,66 @@ class HopReader:
         with self._pushers_lock:
             pushers, self._pushers = list(self._pushers.values()), {}
         for pusher in pushers:
-            pusher.stop()
-        for thread in self._threads:
+            pusher.queue.put(None)
+        for thread in (*self._threads, *(pusher.thread for pusher in pushers)):
             thread.join(2.0)
+
+    # -- for pushers -------------------------------------------------------------------------------------------------
+
+    def push(self, session: str, chunk: Chunk) -> None:
+        """Push one chunk and say its last word."""
+        try:
+            problem, descriptors = self._plan(chunk)
+        except Exception as fault:
+            logger.exception("No push to %s.", session)
+            problem, descriptors = f"{type(fault).__name__} before the push", []
+        if problem is not None:
+            self._chunks.pushed(chunk, problem)
+            return
+        try:
+            self._transport.push(session, descriptors)
+        except TransferError as error:
+            self._chunks.pushed(chunk, str(error), drain_s=self._transport.drain_s)
+        except Exception as fault:
+            logger.exception("Push to %s failed.", session)
+            problem = f"{type(fault).__name__} in the transfer engine"
+            self._chunks.pushed(chunk, problem, drain_s=self._transport.drain_s)
+        else:
+            self._chunks.pushed(chunk, None)
+
+    def _plan(self, chunk: Chunk) -> tuple[str | None, list[Descriptor]]:
+        problem = self._chunks.refused_push(chunk)
+        if problem is not None:
+            return problem, []
+        offer = chunk.read.offer
+        assert offer is not None
+        source = self._chunks.source_slots(chunk)[: chunk.good_pages]
+        target = [PlaneGeometry(plane.base, plane.stride_bytes, plane.page_bytes) for plane in offer.target.planes]
+        return None, push_plan(self._reads.pages.planes, source, target, chunk.grant.slots[: chunk.good_pages])
+
+    def next_push(self, pusher: _Pusher) -> Chunk | None:
+        """The next chunk for ``pusher``; None when it is to end."""
+        while True:
+            try:
+                return pusher.queue.get(timeout=self._pusher_idle_s)
+            except queue.Empty:
+                with self._pushers_lock:
+                    if pusher.queue.empty():
+                        if self._pushers.get(pusher.session) is pusher:
+                            del self._pushers[pusher.session]
+                        return None
 
 
 class _Pusher:
     """Pushes chunks to one prefill engine, in order."""
 
-    def __init__(self, reads: DecodeReads, transport: Transport, session: str) -> None:
-        self._reads = reads
-        self._transport = transport
-        self._session = session
-        self._queue: queue.Queue[Chunk | None] = queue.Queue(_PUSHES_WAITING)
-        self._thread = threading.Thread(target=self._run, name=f"dualpath-push-{session}", daemon=True)
-        self._thread.start()
-
-    def put(self, chunk: Chunk) -> bool:
-        """Queue a chunk; False when its lease ends before there is room."""
-        while (left_s := chunk.deadline_s - self._reads.clock()) > 0:
-            try:
-                self._queue.put(chunk, timeout=left_s)
-            except queue.Full:
-                continue
-            return True
-        return False
+    def __init__(self, hop: HopReader, session: str) -> None:
+        self.session = session
+        self.queue: queue.SimpleQueue[Chunk | None] = queue.SimpleQueue()
+        self._hop = hop
+        self.thread = threading.Thread(target=self._run, name=f"dualpath-push-{session}", daemon=True)
+        self.thread.start()
 
     def _run(self) -> None:
-        while (chunk := self._queue.get()) is not None:
-            try:
-                error = self._push(chunk)
-            except Exception as fault:
-                logger.exception("Push to %s failed.", self._session)
-                error = f"{type(fault).__name__} in the decode engine"
-            self._reads.pushed(chunk, error)
-
-    def _push(self, chunk: Chunk) -> str | None:
-        offer = chunk.read.offer
-        assert offer is not None
-        # After its lease the slots may be another writer's. A freeze between this line and the push is what the
-        # prefill engine's quarantine of taken-back slots is for.
-        if self._reads.clock() >= chunk.deadline_s:
-            return "lease over before the push"
-        source = self._reads.source_slots(chunk)[: chunk.good_pages]
-        target = [PlaneGeometry(plane.base, plane.stride_bytes, plane.page_bytes) for plane in offer.target.planes]
-        plan = push_plan(self._reads.pages.planes, source, target, chunk.grant.slots[: chunk.good_pages])
-        try:
-            self._transport.push(self._session, plan)
-        except TransferError as error:
-            return str(error)
-        return None
-
-    def stop(self) -> None:
-        try:
-            self._queue.put_nowait(None)
-        except queue.Full:
-            logger.warning("The pusher to %s is still busy; it ends with the process.", self._session)
+        while (chunk := self._hop.next_push(self)) is not None:
+            self._hop.push(self.session, chunk)

@@ -31,9 +31,14 @@ class OwnReaders:
 
     def _run(self) -> None:
         while not self._stop.is_set():
-            claim = self._reads.next_own_claim(_IDLE_WAIT_S)
-            if claim is not None:
-                self._read(*claim)
+            try:
+                claim = self._reads.next_own_claim(_IDLE_WAIT_S)
+                if claim is not None:
+                    self._read(*claim)
+            except Exception:
+                logger.exception("A reader of the prefill engine met an error; it goes on.")
+                metrics.FALLBACKS.add(reason="reader_exception")
+                self._stop.wait(_IDLE_WAIT_S)  # an error that repeats must not take a core
 
     def _read(self, read: PrefillRead, grant: Grant) -> None:
         delay_s = self._limit.delay_s(grant.pages * self._reads.pages.page_bytes)
@@ -44,6 +49,7 @@ class OwnReaders:
         try:
             if not read.prefetch.is_cancelled():
                 good = read.prefetch.read_pages(grant.first_page - read.prefetch.first_page, grant.slots)
+                good = max(0, min(good, grant.pages))
         except Exception:
             # A backend may raise anything; the chunk then is another reader's, or is computed.
             logger.exception("Storage read of %d pages failed for room %s.", grant.pages, read.room)

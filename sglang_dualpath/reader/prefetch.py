@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -81,12 +82,14 @@ class ReadLimit:
     bytes_per_s: float
     clock: Callable[[], float] = time.monotonic
     _free_at: float = field(default=0.0, init=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
 
     def delay_s(self, size_bytes: int) -> float:
         """Seconds to wait before reading ``size_bytes``; call it once per read."""
         if self.bytes_per_s <= 0:
             return 0.0
-        now = self.clock()
-        start = max(now, self._free_at)
-        self._free_at = start + size_bytes / self.bytes_per_s
-        return start - now
+        with self._lock:
+            now = self.clock()
+            start = max(now, self._free_at)
+            self._free_at = start + size_bytes / self.bytes_per_s
+            return start - now

@@ -18,18 +18,21 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass, field
 
 from sglang_dualpath import metrics
 from sglang_dualpath.config import DualPathConfig
 from sglang_dualpath.ledger import End, Expired, Grant, Ledger, Reserve, Share
-from sglang_dualpath.protocol import MAX_GRANT_PAGES, Hello, NoOfferReason
+from sglang_dualpath.protocol import MAX_GRANT_PAGES, NoOfferReason
 from sglang_dualpath.reader.pool import HostPages
 from sglang_dualpath.reader.prefetch import Prefetch, Rate
+from sglang_dualpath.reader.prefill_read import Late, PrefillRead, Room
+
+__all__ = ["OWN", "PrefillRead", "PrefillReads", "Room"]
 
 logger = logging.getLogger(__name__)
 
-OWN = "own"
+# A blank: no engine can have this name.
+OWN = "own reader"
 # Rooms that ended are remembered so that a late HELLO gets an answer; a router does not replay older ones.
 _REMEMBERED_ROOMS = 4096
 # How often a waiting thread looks whether SGLang cancelled its operation, which wakes nobody.
@@ -38,44 +41,6 @@ _CANCEL_POLL_S = 0.05
 _HELLO_GRACE_S = 0.05
 # After so many requests without a HELLO the decode servers are taken to run without DualPath.
 _SILENT_REQUESTS = 4
-
-
-@dataclass(eq=False)
-class PrefillRead:
-    """One attempt to read one request's pages."""
-
-    room: int | None
-    attempt: int
-    prefetch: Prefetch
-    ledger: Ledger
-    opened_s: float
-    deadline_s: float
-    decode: str | None = None
-    """The decode engine that was offered a share, by its engine id."""
-    peer: bytes | None = None
-    claims: dict[int, Grant] = field(default_factory=dict)
-    """Open claims of the decode engine."""
-    planned: bool = False
-    closed: bool = False
-
-    @property
-    def key(self) -> int:
-        return id(self.prefetch)
-
-
-@dataclass
-class Room:
-    """What the prefill engine knows of one request."""
-
-    arrived: bool = False
-    handle: Hashable | None = None
-    hello: Hello | None = None
-    peer: bytes | None = None
-    hello_s: float = 0.0
-    spoke_s: float = 0.0
-    attempts: int = 0
-    read: PrefillRead | None = None
-    closed: NoOfferReason | None = None
 
 
 class PrefillReads:
@@ -107,8 +72,11 @@ class PrefillReads:
         self.lock = lock or threading.Condition()
         self.rooms: OrderedDict[int, Room] = OrderedDict()
         self.reads: OrderedDict[int, PrefillRead] = OrderedDict()
-        self.late: dict[tuple[int, int, int], tuple[bytes | None, Ledger]] = {}
-        """Claims taken from their writer that has not said its last word: (room, attempt, claim id)."""
+        self.by_number: dict[tuple[int | None, int], PrefillRead] = {}
+        self.late: dict[tuple[int, int, int], Late] = {}
+        """By room, attempt and claim id."""
+        self.heard_s: dict[bytes, float] = {}
+        """When a decode engine last said anything, by peer."""
         self.planner: Callable[[PrefillRead], None] = lambda read: None
         self.cancel: Callable[[PrefillRead, Iterable[Expired]], None] = lambda read, expired: None
         self.answer: Callable[[int, Room], None] = lambda number, room: None
@@ -124,7 +92,7 @@ class PrefillReads:
         with self.lock:
             state = self._room(room)
             state.arrived = True
-            state.handle = handle
+            state.handles.add(handle)
             state.closed = None
             self._room_of[handle] = room
 
@@ -140,6 +108,7 @@ class PrefillReads:
         with self.lock:
             room = self._room_of.pop(handle, None)
             if room is not None:
+                self._room(room).handles.discard(handle)
                 self._close_room(room, NoOfferReason.CLOSED)
 
     def opened(self, prefetch: Prefetch) -> PrefillRead | None:
@@ -167,6 +136,7 @@ class PrefillReads:
             )
             read.ledger.join(OWN, Share(End.BACK), local=True)
             self.reads[read.key] = read
+            self.by_number[read.number] = read
             if room is None:
                 read.planned = True
             else:
@@ -199,17 +169,36 @@ class PrefillReads:
         if read is None:
             return 0
         with self.lock:
+            started = self.clock()
             while not read.closed and not read.ledger.settled_through(first + count):
                 if prefetch.is_cancelled() or self._stopped:
                     break
                 if self.clock() >= read.deadline_s:
                     self.fallback("read_deadline", read)
                     break
+                self._leave_if_stalled(read, started)
                 self.lock.wait(_CANCEL_POLL_S)
             landed = max(0, min(count, read.ledger.landed_prefix() - first))
             if landed < count:
                 self._close(read)
             return landed
+
+    def _leave_if_stalled(self, read: PrefillRead, started_s: float) -> None:
+        """Do not hold up later reads for pages that only a decode engine could bring, if it does not ask for them.
+
+        Called for the read that SGLang's thread waits for. One that has said nothing at all for a lease is taken for
+        frozen. One that lives may have older reads to serve, and gets as long as a silent one would.
+        """
+        if read.decode is None or read.ledger.open_grants():
+            return
+        now = self.clock()
+        heard_s = max(read.progress_s, self.heard_s.get(read.peer, 0.0)) if read.peer is not None else 0.0
+        patience_s = max(read.progress_s, started_s) + self.config.hello_silence_s
+        if now >= min(heard_s + self.config.lease_s, patience_s):
+            self.fallback("decode_silent", read)
+            read.ledger.leave(read.decode, now_s=now)
+            read.decode = None
+            self.lock.notify_all()
 
     def finish(self, prefetch: Prefetch) -> None:
         """SGLang's transfer of this operation is over: its pages are about to be inserted or freed."""
@@ -230,7 +219,7 @@ class PrefillReads:
             if number is None or reached >= possible:
                 return 0
             until = self.clock() + _HELLO_GRACE_S
-            while (state := self.rooms.get(number)) is not None and state.hello is None:
+            while (state := self.rooms.get(number)) is not None and state.hello is None and not state.alone:
                 left = until - self.clock()
                 if left <= 0 or self._deaf or self._stopped:
                     self.silent_requests += 1
@@ -280,8 +269,9 @@ class PrefillReads:
         size_bytes = good_pages * self.pages.page_bytes
         with self.lock:
             read.ledger.land(grant.claim_id, good_pages=good_pages, now_s=self.clock())
-            self.rate.add(size_bytes, seconds)
-            if good_pages < grant.pages:
+            if good_pages:
+                self.rate.add(size_bytes, seconds)
+            if good_pages < grant.pages and not read.closed and not read.prefetch.is_cancelled():
                 self.fallback("prefill_read_error", read)
             self.lock.notify_all()
         metrics.READ_BYTES.add(size_bytes, engine_role="prefill", path="prefill")
@@ -303,10 +293,17 @@ class PrefillReads:
             read.prefetch.move(self.pages, one.swap.first_page, one.swap.new_slots)
             read.claims.pop(one.grant.claim_id, None)
             if read.room is not None:
-                self.late[(read.room, read.attempt, one.grant.claim_id)] = (read.peer, read.ledger)
+                self.late[(read.room, read.attempt, one.grant.claim_id)] = Late(
+                    read.peer, read.ledger, self.clock() + self.cancel_every_s
+                )
         if expired:
             self.cancel(read, expired)
             self.lock.notify_all()
+
+    @property
+    def cancel_every_s(self) -> float:
+        """How often a writer is asked again for its last word."""
+        return self.config.hello_silence_s / 3
 
     def fallback(self, reason: str, read: PrefillRead) -> None:
         """Count and log that a read went on without something it had counted on."""
@@ -322,7 +319,9 @@ class PrefillReads:
                 if room.read is not None and not room.read.closed:
                     break
                 del self.rooms[oldest]
-                self._room_of.pop(room.handle, None)
+                for handle in room.handles:
+                    if self._room_of.get(handle) == oldest:
+                        del self._room_of[handle]
         return state
 
     def room(self, number: int) -> Room:
@@ -337,13 +336,15 @@ class PrefillReads:
 
     def _close(self, read: PrefillRead) -> None:
         if not read.closed:
-            read.closed = True
+            # Over for good: SGLang may name it until its transfer ends, which must not open it again.
+            read.closed = read.prefetch.over = True
             # In this order: after close() nobody is granted anything, so the claims that are open now are the last.
             self.take_back(read, read.ledger.close(now_s=self.clock()))
         while read.ledger.open_local_claims():
             self.lock.wait(_CANCEL_POLL_S)
         if self.reads.pop(read.key, None) is None:
             return
+        self.by_number.pop(read.number, None)
         count = read.ledger.statistics()
         whole = read.ledger.landed_prefix() == read.prefetch.pages
         others = sum(pages for reader, pages in count.landed_by_reader.items() if reader != OWN)

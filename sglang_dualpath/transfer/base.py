@@ -25,6 +25,10 @@ class Transport(Protocol):
     def session(self) -> str:
         """The name under which peers address this process's registered memory."""
 
+    @property
+    def drain_s(self) -> float:
+        """Seconds after a failed push in which bytes of it may still arrive."""
+
     def register(self, regions: Sequence[tuple[int, int]]) -> None:
         """Make ``(address, length in bytes)`` regions readable and writable by the engine.
 
@@ -35,7 +39,7 @@ class Transport(Protocol):
         """Write all descriptors into the memory of ``session``.
 
         Raises :class:`~sglang_dualpath.errors.TransferError` when any of it did not arrive; what arrived then is
-        unknown, and so is whether more will.
+        unknown, and more may for :attr:`drain_s`.
         """
 
     def close(self) -> None:

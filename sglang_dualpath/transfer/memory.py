@@ -14,6 +14,8 @@ from sglang_dualpath.transfer.base import Descriptor
 class MemoryTransport:
     """Copies with ``memmove`` into the regions that the peer object registered, and nowhere else."""
 
+    drain_s = 0.0
+
     _peers: ClassVar[dict[str, MemoryTransport]] = {}
     _lock: ClassVar[threading.Lock] = threading.Lock()
 

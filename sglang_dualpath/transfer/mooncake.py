@@ -12,6 +12,10 @@ from sglang_dualpath.transfer.base import Descriptor
 # this many, so the cap only guards against a badly fragmented host pool.
 _DESCRIPTORS_PER_CALL = 1024
 
+# Its workers may still have slices of a batch queued when it reports a time-out (30 s by default, MC_TRANSFER_TIMEOUT):
+# these end within such a time, too, and RDMA retransmissions or a TCP connection's last bytes sooner.
+_DRAIN_S = 60.0
+
 
 class MooncakeTransport:
     """Pushes through an engine with SGLang's ``MooncakeTransferEngine`` interface.
@@ -20,6 +24,8 @@ class MooncakeTransport:
         engine: has ``get_session_id()``, ``register(ptr, length)``, ``deregister(ptr)`` and
             ``batch_transfer_sync(session, sources, destinations, lengths)`` (negative on failure, GIL released).
     """
+
+    drain_s = _DRAIN_S
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine

@@ -1,0 +1,147 @@
+"""What the reader thread and the pushers of a decode engine do to its reads: take a granted chunk, say how it went."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+from sglang_dualpath import metrics
+from sglang_dualpath.protocol import Cancelled, Done, Fail, clip
+from sglang_dualpath.reader.decode_read import Chunk
+from sglang_dualpath.reader.decode_state import DecodeState
+
+logger = logging.getLogger(__name__)
+
+
+class Carriage:
+    """Chunks on their way from a grant to their last word. Every method takes the lock."""
+
+    def __init__(self, state: DecodeState) -> None:
+        self._state = state
+
+    def next_chunk(self, timeout_s: float) -> Chunk | None:
+        """The next granted chunk, oldest read first; waits up to ``timeout_s``."""
+        with self._state.lock:
+            chunk = self._take_chunk()
+            if chunk is None and not self._state.stopped:
+                self._state.pump()
+                self._state.lock.wait(timeout_s)
+                chunk = self._take_chunk()
+            return chunk
+
+    def _take_chunk(self) -> Chunk | None:
+        self._state.drop_overdue()
+        chunk = None if self._state.stopped else self._state.claims.next_chunk(self._state.reads)
+        if chunk is not None:
+            chunk.read.granted.remove(chunk)
+            if chunk.grant.memory:
+                chunk.reading = False
+                chunk.good_pages = len(chunk.grant.slots)
+            chunk.read.busy.append(chunk)
+            self._state.pump()
+        return chunk
+
+    def source_slots(self, chunk: Chunk) -> list[int]:
+        """This engine's host slots of a chunk's pages."""
+        with self._state.lock:
+            read = chunk.read
+            if chunk.grant.memory:
+                return list(read.held_slots[chunk.first_page : chunk.end_page])
+            assert read.prefetch is not None
+            start = (chunk.first_page - read.prefetch.first_page) * self._state.pages.page_tokens
+            stop = (chunk.end_page - read.prefetch.first_page) * self._state.pages.page_tokens
+            return self._state.pages.slots_of(read.prefetch.host_indices[start:stop])
+
+    def refused_push(self, chunk: Chunk) -> str | None:
+        """Why a chunk must not be pushed (any more), or None."""
+        with self._state.lock:
+            if chunk.given_up is not None:
+                return chunk.given_up
+            # After its lease the slots may be another writer's. A freeze between this line and the push is what the
+            # prefill engine's quarantine of taken-back slots is for.
+            return "lease over before the push" if self._state.clock() >= chunk.deadline_s else None
+
+    def was_read(self, chunk: Chunk, good_pages: int, seconds: float) -> None:
+        """A storage read ended with so many good pages; they are this engine's to keep."""
+        with self._state.lock:
+            read = chunk.read
+            chunk.reading = False
+            chunk.good_pages = good_pages
+            chunk.read_bytes = good_pages * self._state.pages.page_bytes
+            read.landed.update(range(chunk.first_page, chunk.first_page + good_pages))
+            if good_pages:
+                self._state.rate.add(chunk.read_bytes, seconds)
+            if good_pages < len(chunk.grant.slots):
+                if read.prefetch is not None and read.prefetch.is_cancelled():
+                    self._state.end(read, "cancelled")
+                else:
+                    self._state.fall_back(read, "decode_read_error")
+            self._state.lock.notify_all()
+        metrics.READ_BYTES.add(chunk.read_bytes, engine_role="decode", path="decode")
+
+    def pushed(self, chunk: Chunk, error: str | None, *, drain_s: float = 0.0) -> None:
+        """A chunk's push ended, or was not tried (``error``); bytes of a failed one may arrive for ``drain_s`` more.
+
+        The first word on a chunk is the last one: another call changes nothing.
+        """
+        with self._state.lock:
+            if chunk not in chunk.read.busy:
+                return
+            chunk.read.busy.remove(chunk)
+            chunk.reading = False
+            if error is None and chunk.good_pages:
+                error = self._why_it_does_not_count(chunk)
+            if error is None:
+                self._done(chunk)
+            else:
+                self._failed(chunk, error, drain_s)
+            self._state.pump()
+            self._state.lock.notify_all()
+
+    def _why_it_does_not_count(self, chunk: Chunk) -> str | None:
+        """Why a push that went through may have carried bytes of pages that were in other use by then, or None."""
+        prefetch = None if chunk.grant.memory else chunk.read.prefetch
+        if chunk.given_up is None and prefetch is not None and prefetch.is_cancelled():
+            # SGLang frees what it was told of an operation as soon as it has marked it as terminated.
+            chunk.given_up = "the request was aborted"
+        overdue = self._state.clock() >= chunk.deadline_s
+        return chunk.given_up or ("lease over during the push" if overdue else None)
+
+    def _failed(self, chunk: Chunk, error: str, drain_s: float) -> None:
+        read, claim_id = chunk.read, chunk.grant.claim_id
+        fail = Fail(read.room, chunk.grant.attempt, claim_id, clip(error))
+        if chunk.given_up is None:
+            logger.warning("Push for room %s failed: %s", read.room, error)
+            self._state.fall_back(read, "push_failed")
+        else:
+            self._state.end(read, "given_up")
+        if drain_s > 0:
+            # Unsaid for so long, and the prefill engine takes the claim back by its lease, into quarantine.
+            self._state.draining.append((self._state.clock() + drain_s, read.endpoint, fail))
+        elif chunk.given_up is None:
+            self._state.last_word(read, fail)
+        else:
+            self._state.last_word(read, Cancelled(read.room, chunk.grant.attempt, claim_id))
+
+    def _done(self, chunk: Chunk) -> None:
+        size_bytes = chunk.good_pages * self._state.pages.page_bytes
+        metrics.PUSHED_BYTES.add(size_bytes, engine_role="decode")
+        self._state.last_word(
+            chunk.read,
+            Done(
+                room=chunk.read.room,
+                attempt=chunk.grant.attempt,
+                claim_id=chunk.grant.claim_id,
+                good_pages=chunk.good_pages,
+                read_bytes=chunk.read_bytes,
+                pushed_bytes=size_bytes,
+                queued_read_bytes=self._state.queued_bytes(),
+                read_bytes_per_s=self._state.rate.bytes_per_s,
+            ),
+        )
+
+
+def give_up(chunks: Iterable[Chunk], why: str) -> None:
+    """The host pages of these chunks are not theirs any more: their pushes must not count."""
+    for chunk in chunks:
+        chunk.given_up = chunk.given_up or why

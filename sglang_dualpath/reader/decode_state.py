@@ -1,0 +1,124 @@
+"""The state of a decode engine's reads, and what may be done to it: everything here is called with the lock held."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+
+from sglang_dualpath import metrics
+from sglang_dualpath.config import DualPathConfig
+from sglang_dualpath.protocol import Cancelled, Claim, Done, Fail, Message, Settled
+from sglang_dualpath.reader.decode_read import Asked, Chunk, DecodeRead, Phase
+from sglang_dualpath.reader.pool import HostPages
+from sglang_dualpath.reader.prefetch import Rate
+from sglang_dualpath.reader.pump import ClaimPump
+
+logger = logging.getLogger(__name__)
+
+
+class DecodeState:
+    """Reads by room, the claims in hand, and the one lock that guards them."""
+
+    def __init__(
+        self,
+        *,
+        config: DualPathConfig,
+        pages: HostPages,
+        engine: str,
+        rank: int,
+        send: Callable[[str, Message], object],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.config = config
+        self.pages = pages
+        self.engine = engine
+        self.rank = rank
+        self.send = send
+        self.clock = clock
+        self.rate = Rate()
+        self.lock = threading.Condition()
+        self.reads: OrderedDict[int, DecodeRead] = OrderedDict()
+        self.in_hand: set[tuple[str | None, int]] = set()
+        """Claims, by endpoint and claim id, whose last word this engine owes."""
+        self.on_silence: Callable[[str], None] = lambda endpoint: None
+        self.draining: list[tuple[float, str | None, Fail]] = []
+        """Last words that must wait until no byte of a failed push can arrive any more."""
+        self.claims = ClaimPump(config)
+        self.stopped = False
+        self._requests = 0
+
+    def say(self, read: DecodeRead, message: Message) -> None:
+        if read.endpoint is not None:
+            self.send(read.endpoint, message)
+
+    def last_word(self, read: DecodeRead, word: Done | Fail | Cancelled) -> None:
+        """This engine writes no more for the claim."""
+        self.in_hand.discard((read.endpoint, word.claim_id))
+        self.say(read, word)
+
+    def drop(self, chunk: Chunk) -> None:
+        """A granted chunk that nobody has begun to carry."""
+        chunk.read.granted.remove(chunk)
+        self.last_word(chunk.read, Cancelled(chunk.read.room, chunk.grant.attempt, chunk.grant.claim_id))
+
+    def fall_back(self, read: DecodeRead, reason: str) -> None:
+        """Claim no more for this read because of a fault, which is counted and logged."""
+        metrics.FALLBACKS.add(reason=reason)
+        logger.warning("DualPath falls back (%s) for room %s, prefill at %s.", reason, read.room, read.endpoint)
+        self.end(read, reason)
+
+    def end(self, read: DecodeRead, why: str) -> None:
+        """Claim no more for this read, and tell the prefill engine."""
+        if read.ended is not None:
+            return
+        read.ended = why
+        for chunk in list(read.granted):
+            self.drop(chunk)
+        read.requested.clear()
+        if read.offer is not None:
+            self.say(read, Settled(read.room, read.attempt, read.kept_pages()))
+        self.lock.notify_all()
+
+    def settle(self, read: DecodeRead) -> None:
+        """The request may go on."""
+        if read.phase is not Phase.SETTLED:
+            read.phase = Phase.SETTLED
+            self.pump()
+            self.lock.notify_all()
+
+    def pump(self) -> None:
+        """Send the claims that are due, and end reads that have nothing left to claim."""
+        if self.stopped:
+            return
+        for read in self.reads.values():
+            if read.ended is None and read.through:
+                self.end(read, "through")
+        now = self.clock()
+        for read in self.claims.next_claims(self.reads, now):
+            self._requests += 1
+            assert read.offer is not None
+            read.requested[self._requests] = Asked(now, read.memory_left > 0)
+            pages = self.claims.claim_pages(read.offer, self.rate, self.pages.page_bytes)
+            self.say(read, Claim(read.room, read.attempt, self._requests, pages))
+
+    def queued_bytes(self) -> int:
+        """Bytes of opened reads that this engine has not read, claimed or not."""
+        pages = 0
+        for read in self.reads.values():
+            if read.ended is None and read.offer is not None and read.prefetch is not None:
+                pages += max(0, read.prefetch.pages - len(read.landed))
+        return pages * self.pages.page_bytes
+
+    def drop_overdue(self) -> None:
+        """Granted chunks whose lease ended before anybody read them."""
+        now = self.clock()
+        for read in self.reads.values():
+            overdue = [chunk for chunk in read.granted if now >= chunk.deadline_s]
+            for chunk in overdue:
+                read.granted.remove(chunk)
+                self.last_word(read, Fail(read.room, chunk.grant.attempt, chunk.grant.claim_id, "lease over unread"))
+            if overdue:
+                self.fall_back(read, "lease_over_unread")

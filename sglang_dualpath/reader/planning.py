@@ -1,0 +1,77 @@
+"""Asking the policy who reads a request, with what this prefill engine knows of itself and of its decode engines."""
+
+from __future__ import annotations
+
+import logging
+
+from sglang_dualpath import metrics
+from sglang_dualpath.policy import BalancingPolicy, ClusterView, EngineView, ReadPlan, ReadRequest, Role, validate_plan
+from sglang_dualpath.policy.types import prefill_alone
+from sglang_dualpath.protocol import Done, Hello
+from sglang_dualpath.reader.prefill import PrefillRead, PrefillReads
+
+logger = logging.getLogger(__name__)
+
+
+class Planner:
+    """Plans reads. Every method is called with the lock of ``reads`` held."""
+
+    def __init__(self, reads: PrefillReads, *, policy: BalancingPolicy, engine: str) -> None:
+        self.engine = engine
+        self.needs_decode = bool(policy.needs_decode)
+        self.reads_ahead = bool(getattr(policy, "reads_ahead", False))
+        self._reads = reads
+        self._policy = policy
+        self._views: dict[bytes, EngineView] = {}
+
+    def note(self, peer: bytes, load: Hello | Done) -> None:
+        """What a decode engine says of its load. ``peer`` is its engine id."""
+        self._views[peer] = EngineView(
+            engine=peer.decode("ascii"),
+            role=Role.DECODE,
+            queued_read_bytes=load.queued_read_bytes,
+            read_bytes_per_s=load.read_bytes_per_s,
+        )
+
+    def forget(self, peer: bytes) -> None:
+        self._views.pop(peer, None)
+
+    def plan(self, read: PrefillRead, hello: Hello | None) -> ReadPlan:
+        """Who reads ``read``; the prefill engine alone if the policy fails."""
+        request = self._request(read, hello)
+        try:
+            return validate_plan(self._policy.plan(request, self._view(request)), request)
+        except Exception:
+            logger.exception("Policy %s failed; the prefill server reads alone.", type(self._policy).__name__)
+            metrics.FALLBACKS.add(reason="policy_error")
+            return prefill_alone(request, "policy failed")
+
+    def alone(self, read: PrefillRead, reason: str) -> ReadPlan:
+        return prefill_alone(self._request(read, None), reason)
+
+    def _request(self, read: PrefillRead, hello: Hello | None) -> ReadRequest:
+        held = 0
+        if hello is not None:
+            held = max(0, min(hello.held_end_page, read.prefetch.end_page) - read.prefetch.first_page)
+        return ReadRequest(
+            room=read.room or 0,
+            prefill=self.engine,
+            decode=hello.engine if hello is not None else None,
+            hit_pages=read.prefetch.stored_pages,
+            page_bytes=self._reads.pages.page_bytes,
+            decode_held_pages=held,
+            deadline_s=max(0.0, read.deadline_s - self._reads.clock()),
+            chunk_bytes=self._reads.config.chunk_bytes,
+        )
+
+    def _view(self, request: ReadRequest) -> ClusterView:
+        own = EngineView(
+            engine=self.engine,
+            role=Role.PREFILL,
+            # The queue in front of this read: its own bytes are in the ledgers already.
+            queued_read_bytes=max(0, self._reads.queued_read_bytes() - request.read_bytes),
+            read_bytes_per_s=self._reads.rate.bytes_per_s,
+            requests_in_flight=len(self._reads.reads),
+        )
+        decode = self._views.get(request.decode.encode()) if request.decode is not None else None
+        return ClusterView([own] if decode is None else [own, decode])

@@ -1,0 +1,69 @@
+"""What a prefill engine knows of one read, of one request, and of a claim whose writer it still has to hear."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+from sglang_dualpath.ledger import Grant, Ledger
+from sglang_dualpath.protocol import Hello, NoOfferReason
+from sglang_dualpath.reader.prefetch import Prefetch
+
+
+@dataclass(eq=False)
+class PrefillRead:
+    """One attempt to read one request's pages."""
+
+    room: int | None
+    attempt: int
+    prefetch: Prefetch
+    ledger: Ledger
+    opened_s: float
+    deadline_s: float
+    decode: str | None = None
+    """The decode engine that was offered a share, by its engine id."""
+    peer: bytes | None = None
+    claims: dict[int, Grant] = field(default_factory=dict)
+    """Open claims of the decode engine."""
+    progress_s: float = 0.0
+    """When the decode engine last got something or said something of this read."""
+    planned: bool = False
+    closed: bool = False
+
+    @property
+    def key(self) -> int:
+        return id(self.prefetch)
+
+    @property
+    def number(self) -> tuple[int | None, int]:
+        """Room and attempt, by which decode engines name it."""
+        return self.room, self.attempt
+
+
+@dataclass(eq=False)
+class Late:
+    """A claim taken from its writer that has not said its last word."""
+
+    peer: bytes | None
+    ledger: Ledger
+    cancel_again_s: float
+    release_s: float | None = None
+    """When its slots may be used again although nobody says that all bytes have arrived."""
+
+
+@dataclass
+class Room:
+    """What the prefill engine knows of one request."""
+
+    arrived: bool = False
+    handles: set[Hashable] = field(default_factory=set)
+    """Samples of one request share a room."""
+    hello: Hello | None = None
+    peer: bytes | None = None
+    hello_s: float = 0.0
+    spoke_s: float = 0.0
+    attempts: int = 0
+    read: PrefillRead | None = None
+    closed: NoOfferReason | None = None
+    alone: bool = False
+    """Its decode engine cannot or will not help."""
