@@ -181,7 +181,7 @@ class DecodeReads(DecodeState):
                 if prefetch.is_cancelled() or self.stopped:
                     self.end(read, "cancelled")
                     break
-                if read.ended is not None and not any(chunk.reading for chunk in read.busy):
+                if read.reads_no_more:
                     break
                 self.lock.wait(_CANCEL_POLL_S)
             return max(0, min(count, read.kept_pages() - first))

@@ -129,7 +129,7 @@ class DecodeMessages:
         if refuse.retry:
             read.claim_again_s = self._state.clock() + refuse.retry_after_s
         else:
-            self._state.end(read, f"refused_{refuse.reason}")
+            self._state.claim_no_more(read, f"refused_{refuse.reason}")
 
     def _cancel(self, read: DecodeRead, cancel: Cancel) -> None:
         def meant(chunk: Chunk) -> bool:

@@ -75,7 +75,7 @@ class DecodeRead:
     offer: Offer | None = None
     prefetch: Prefetch | None = None
     ended: str | None = None
-    """Why no more is claimed; None while more may come."""
+    """Why no more is claimed; None while more may be. What was granted before may still be on its way."""
     granted: deque[Chunk] = field(default_factory=deque)
     requested: dict[int, Asked] = field(default_factory=dict)
     """Claims without an answer, by request id."""
@@ -117,6 +117,11 @@ class DecodeRead:
         while page in self.landed:
             page += 1
         return page - self.prefetch.first_page
+
+    @property
+    def reads_no_more(self) -> bool:
+        """No more pages will be read into its host pages."""
+        return self.ended is not None and not self.granted and not any(chunk.reading for chunk in self.busy)
 
     def storage_chunks(self) -> Iterable[Chunk]:
         """Busy chunks that use the prefetch's host pages."""

@@ -71,16 +71,19 @@ class DecodeState:
         self.end(read, reason)
 
     def end(self, read: DecodeRead, why: str) -> None:
-        """Claim no more for this read, and tell the prefill engine."""
-        if read.ended is not None:
-            return
-        read.ended = why
+        """Claim no more for this read, and carry only what is in work already."""
         for chunk in list(read.granted):
             self.drop(chunk)
-        read.requested.clear()
-        if read.offer is not None:
-            self.say(read, Settled(read.room, read.attempt, read.kept_pages()))
-        self.lock.notify_all()
+        self.claim_no_more(read, why)
+
+    def claim_no_more(self, read: DecodeRead, why: str) -> None:
+        """Carry what was granted, and tell the prefill engine that it was the last."""
+        if read.ended is None:
+            read.ended = why
+            read.requested.clear()
+            if read.offer is not None:
+                self.say(read, Settled(read.room, read.attempt, read.kept_pages()))
+            self.lock.notify_all()
 
     def settle(self, read: DecodeRead) -> None:
         """The request may go on."""
@@ -95,7 +98,7 @@ class DecodeState:
             return
         for read in self.reads.values():
             if read.ended is None and read.through:
-                self.end(read, "through")
+                self.claim_no_more(read, "through")
         now = self.clock()
         for read in self.claims.next_claims(self.reads, now):
             self._requests += 1

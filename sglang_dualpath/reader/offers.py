@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 _UNKNOWN_ROOM_S = 10.0
 # A reader that has yet to say HELLO. A blank: no engine can have this name.
 _AWAITED = "awaited reader"
+# The tick ends a wait for HELLO; the reservation outlasts it so that none is ended, uncounted, by running out.
+_TICK_MARGIN_S = 0.5
 _GAUGES_S = 1.0
 # Peers that vanished without this engine sending to them are forgotten after this.
 _FORGET_PEER_S = 3600.0
@@ -229,7 +231,8 @@ class OfferDesk:
             # The decode engine had its part in an earlier attempt, or wants none, and has gone on without this one.
             self._apply(read, self._planner.alone(read, "no decode engine"))
         elif hello is None and self._planner.needs_decode:
-            self._hold(read, self._reads.grace_s if self._planner.reads_ahead else self._reads.hello_wait_s)
+            ahead = self._planner.reads_ahead
+            self._hold(read, self._reads.grace_s if ahead else self._reads.hello_wait_s + _TICK_MARGIN_S)
         else:
             self._apply(read, self._planner.plan(read, hello))
 

@@ -1,0 +1,439 @@
+"""Prefill and decode engines of one process: the real reads, readers, desks and pushes, with SGLang's part made small.
+
+SGLang's part is the scheduler that accepts requests and allocates host pages, and the thread that asks for 8 pages of
+one prefetch after the other and then inserts what it got and frees the rest.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import pytest
+
+from sglang_dualpath import metrics
+from sglang_dualpath.config import DualPathConfig
+from sglang_dualpath.errors import TransferError
+from sglang_dualpath.ledger import Reserve
+from sglang_dualpath.policy import load_policy
+from sglang_dualpath.protocol import Message
+from sglang_dualpath.reader.decode import DecodeRead, DecodeReads, Phase
+from sglang_dualpath.reader.hop import HopReader
+from sglang_dualpath.reader.offers import OfferDesk
+from sglang_dualpath.reader.own import OwnReaders
+from sglang_dualpath.reader.prefetch import Prefetch, ReadLimit
+from sglang_dualpath.reader.prefill import PrefillReads
+from sglang_dualpath.transfer import Descriptor
+from tests.reader.host import PAGE_TOKENS, PLANE_BYTES, Slots, Storage, content
+from tests.reader.wire import Wire
+
+PAGE_BYTES = sum(PLANE_BYTES)
+BATCH_PAGES = 8
+WAIT_S = 15.0  # far above what a loaded machine needs; only failures wait that long
+
+CONFIG = DualPathConfig(
+    chunk_bytes=3 * PAGE_BYTES, lease_s=0.3, hello_silence_s=0.9, read_deadline_s=8.0, claims_in_flight=2
+)
+
+
+def wait_for(condition: Callable[[], object], what: str = "condition", within_s: float = WAIT_S) -> None:
+    deadline_s = time.monotonic() + within_s
+    while not condition():
+        if time.monotonic() > deadline_s:
+            pytest.fail(f"{what} did not come true within {within_s} s")
+        time.sleep(0.002)
+
+
+def prompt(name: str, pages: int) -> list[str]:
+    return [f"{name}:{page}" for page in range(pages)]
+
+
+class Hop:
+    """A transport into watched pools: each write is checked when it happens. ``gate`` closed: pushes hang half done."""
+
+    drain_s = 0.0
+
+    def __init__(self, session: str, pool: Slots, sessions: dict[str, Slots]) -> None:
+        self.session = session
+        self.gate = threading.Event()
+        self.gate.set()
+        self.latency_s = 0.0
+        self.fault: Callable[[str], None] = lambda session: None
+        self.late_write_s: float | None = None
+        self.pushes = 0
+        self.in_flight = 0
+        self.written: set[tuple[str, int]] = set()
+        self.dead = False
+        self._pool = pool
+        self._sessions = sessions
+        sessions[session] = pool
+
+    def register(self, regions: Sequence[tuple[int, int]]) -> None:
+        pass
+
+    def push(self, session: str, descriptors: Sequence[Descriptor]) -> None:
+        self.in_flight += 1
+        self.pushes += 1
+        try:
+            if self.late_write_s is not None:
+                # A transfer engine that reports a time-out while its worker still has the data queued.
+                timer = threading.Timer(self.late_write_s, self._write, (session, descriptors))
+                timer.daemon = True
+                timer.start()
+                raise TransferError("timed out")
+            time.sleep(self.latency_s)
+            self.fault(session)
+            self._write(session, descriptors[: len(descriptors) // 2])
+            self.gate.wait(30)
+            if self.dead:
+                raise TransferError("dead")
+            self._write(session, descriptors[len(descriptors) // 2 :])
+        finally:
+            self.in_flight -= 1
+
+    def _write(self, session: str, descriptors: Sequence[Descriptor]) -> None:
+        target = self._sessions[session]
+        for one in descriptors:
+            plane, slot = target.find(one.destination)
+            from_plane, from_slot = self._pool.find(one.source)
+            assert plane == from_plane
+            for page in range(one.length // PLANE_BYTES[plane]):
+                data = self._pool.planes[plane][from_slot + page].numpy().tobytes()
+                target.write(slot + page, plane, data, f"push of {self.session}")
+                self.written.add((session, slot + page))
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass(eq=False)
+class Job:
+    """One prefetch of one engine."""
+
+    room: int | None
+    prefetch: Prefetch
+    hashes: list[str]
+    pool: Slots
+    started_s: float
+    read: DecodeRead | None = None
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    done: threading.Event = field(default_factory=threading.Event)
+    ended_s: float = 0.0
+    kept: int = 0
+    completed: int = 0
+    """Pages of finished batches, which an abort frees at once."""
+    released: int = 0
+
+    def slots(self) -> list[int]:
+        return self.pool.pages.slots_of(self.prefetch.host_indices)
+
+    def result(self, within_s: float = WAIT_S) -> int:
+        """Pages that the prefetch brought."""
+        assert self.done.wait(within_s), f"the read of room {self.room} did not end within {within_s} s"
+        return self.kept
+
+    def check(self) -> None:
+        """Every page that SGLang was given holds what was stored for it."""
+        for page_hash, slot in list(zip(self.hashes, self.slots(), strict=True))[: self.kept]:
+            assert self.pool.read(slot) == content(page_hash), f"wrong bytes in {page_hash}"
+
+    def abort(self) -> None:
+        """As SGLang does it: mark the operation, and free what was acknowledged of it at once."""
+        self.cancelled.set()
+        with self.pool.lock:
+            self.released = self.completed
+            self.pool.free(self.slots()[: self.released])
+
+
+class PrefetchThread:
+    """SGLang's prefetch IO thread: one operation after the other, in batches, then the end of the transfer."""
+
+    def __init__(self, reads: PrefillReads | DecodeReads, pool: Slots, over: Callable[[Job], None]) -> None:
+        self._reads = reads
+        self._pool = pool
+        self._over = over
+        self.queue: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self.errors: list[BaseException] = []
+        self.thread = threading.Thread(target=self._run, name="prefetch-io", daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        while (job := self.queue.get()) is not None:
+            try:
+                self._transfer(job)
+            except BaseException as fault:
+                self.errors.append(fault)
+
+    def _transfer(self, job: Job) -> None:
+        got = 0
+        while got < job.prefetch.pages and not job.cancelled.is_set():
+            count = min(BATCH_PAGES, job.prefetch.pages - got)
+            landed = self._reads.wait(job.prefetch, job.prefetch.next_batch(count), count)
+            got += landed
+            with self._pool.lock:
+                if not job.cancelled.is_set():
+                    job.completed = got
+            if landed < count:
+                break
+        self._reads.finish(job.prefetch)
+        with self._pool.lock:
+            if job.cancelled.is_set():
+                self._pool.free(job.slots()[job.released :])
+            else:
+                job.kept = got
+                self._pool.seal(job.slots()[:got])
+                self._pool.free(job.slots()[got:])
+        job.ended_s = time.monotonic()
+        self._over(job)
+        job.done.set()
+
+
+class Engine:
+    """What both kinds of engine share."""
+
+    reads: PrefillReads | DecodeReads
+
+    def __init__(self, cluster: Cluster, name: str, slots: int, config: DualPathConfig) -> None:
+        self.cluster = cluster
+        self.name = name
+        self.config = config
+        self.pool = Slots(slots)
+        self.hop = Hop(name, self.pool, cluster.sessions)
+        self.storage = cluster.storage
+
+    def prefetch(self, first_page: int, hashes: list[str], stored: int, room: int | None) -> Job:
+        slots = self.pool.alloc(len(hashes))
+        job: Job
+
+        def read_pages(first: int, into: Sequence[int]) -> int:
+            return self.storage.read(job.hashes[first : first + len(into)], self.pool, into, f"reader of {self.name}")
+
+        prefetch = Prefetch(
+            handle=object(),
+            first_page=first_page,
+            stored_pages=stored,
+            hashes=hashes,
+            host_indices=self.pool.pages.indices(slots),
+            read_pages=read_pages,
+            is_cancelled=lambda: job.cancelled.is_set(),
+        )
+        job = Job(room, prefetch, hashes, self.pool, time.monotonic())
+        return job
+
+
+class PrefillEngine(Engine):
+    reads: PrefillReads
+
+    def __init__(
+        self, cluster: Cluster, name: str, *, slots: int, reserve: int, policy: str, config: DualPathConfig, readers: int
+    ) -> None:
+        super().__init__(cluster, name, slots, config)
+        self.reserve = Reserve(self.pool.alloc(reserve))
+        self.reads = PrefillReads(config=config, pages=self.pool.pages, reserve=self.reserve)
+        self.desk = OfferDesk(
+            self.reads, policy=load_policy(policy), engine=name, session=name, send=self._send
+        )
+        cluster.wire.join(name, lambda sender, message: self.desk.handle(sender.encode(), message), self._tick)
+        self.own = OwnReaders(self.reads, count=readers, limit=ReadLimit(0))
+        self.io = PrefetchThread(self.reads, self.pool, lambda job: None)
+
+    def _send(self, peer: bytes, message: Message) -> bool:
+        return self.cluster.wire.send(self.name, peer.decode(), message)
+
+    def _tick(self) -> None:
+        self.desk.tick(0.0)
+
+    def request(self, room: int | None, hashes: list[str], *, first_page: int = 0, stored: int | None = None) -> Job:
+        """A request arrives whose pages from ``first_page`` on are not here; the first ``stored`` are in storage."""
+        stored = len(hashes) if stored is None else stored
+        job = self.prefetch(first_page, hashes[first_page:], stored - first_page, room)
+        if room is not None:
+            self.reads.arrived(room, job.prefetch.handle)
+        self.reads.opened(job.prefetch)
+        self.io.queue.put(job)
+        return job
+
+    def stop(self) -> None:
+        self.reads.stop()
+        self.own.stop()
+        self.io.queue.put(None)
+        self.io.thread.join(5)
+
+
+class DecodeEngine(Engine):
+    reads: DecodeReads
+
+    def __init__(self, cluster: Cluster, name: str, *, slots: int, config: DualPathConfig, readers: int) -> None:
+        super().__init__(cluster, name, slots, config)
+        self.jobs: dict[int, Job] = {}
+        self.requests: dict[int, tuple[list[str], int]] = {}
+        self.reads = DecodeReads(
+            config=config, pages=self.pool.pages, engine=name, rank=0, send=self._send
+        )
+        cluster.wire.join(name, self.reads.handle, self._tick)
+        self.carrier = HopReader(
+            self.reads, self.hop, count=readers, limit=ReadLimit(0), pusher_idle_s=cluster.pusher_idle_s
+        )
+        self.io = PrefetchThread(self.reads, self.pool, self._inserted)
+
+    def _send(self, endpoint: str, message: Message) -> bool:
+        return self.cluster.wire.send(self.name, endpoint, message)
+
+    def _inserted(self, job: Job) -> None:
+        if not job.cancelled.is_set():
+            assert job.read is not None
+            self.reads.settled(job.read)
+
+    def hold(self, hashes: list[str]) -> list[int]:
+        """Host slots that hold these pages already."""
+        slots = self.pool.alloc(len(hashes))
+        for slot, page_hash in zip(slots, hashes, strict=True):
+            for plane, data in enumerate(content(page_hash)):
+                self.pool.write(slot, plane, data, "test")
+        self.pool.seal(slots)
+        return slots
+
+    def request(
+        self, room: int, hashes: list[str], prefill: str | None, *, held: int = 0, match: int | None = None
+    ) -> DecodeRead:
+        """The decode queue accepts a request of which ``match`` pages are here, ``held`` of them in host memory."""
+        match = held if match is None else match
+        self.requests[room] = (hashes, match)
+        read = self.reads.accepted(
+            room, object(), match_pages=match, held_slots=self.hold(hashes[:held]), held_hashes=hashes[:held]
+        )
+        self.reads.greet(read, prefill)
+        return read
+
+    def _tick(self) -> None:
+        """The control thread's tick, and the scheduler's turn."""
+        self.reads.tick(0.0)
+        for read in self.reads.take_offers():
+            hashes, match = self.requests[read.room]
+            offer = read.offer
+            if read.ended is not None or offer is None or offer.storage_end_page <= match:
+                self.reads.without_prefetch(read)
+                continue
+            job = self.prefetch(match, hashes[match : offer.storage_end_page], offer.storage_end_page - match, read.room)
+            job.read = read
+            self.jobs[read.room] = job
+            self.reads.submitted(read)
+            self.reads.opened(read, job.prefetch)
+            self.io.queue.put(job)
+        self.reads.over()
+
+    def abort(self, room: int) -> None:
+        job = self.jobs.get(room)
+        self.reads.gone(room)
+        if job is not None and not job.done.is_set():
+            job.abort()
+
+    def freeze(self) -> None:
+        """SIGSTOP: no message, no tick, and whatever a thread was doing goes on after it wakes."""
+        self.cluster.wire.freeze(self.name)
+        self.hop.gate.clear()
+
+    def thaw(self) -> None:
+        self.hop.gate.set()
+        self.cluster.wire.thaw(self.name)
+
+    def kill(self) -> None:
+        """The process dies; the kernel of the prefill server notices."""
+        self.hop.dead = True
+        self.cluster.wire.kill(self.name)
+        self.hop.gate.set()
+        for engine in self.cluster.prefills:
+            engine.desk.gone(self.name.encode())
+
+    def settle(self, room: int, within_s: float = WAIT_S) -> None:
+        wait_for(lambda: not self.reads.pending(room), f"room {room} settled", within_s)
+
+    def stop(self) -> None:
+        self.hop.gate.set()
+        self.reads.stop()
+        self.carrier.stop()
+        self.io.queue.put(None)
+        self.io.thread.join(5)
+
+
+class Cluster:
+    """Engines of one test on one wire, with one storage."""
+
+    def __init__(self, *, pusher_idle_s: float = 60.0) -> None:
+        self.wire = Wire()
+        self.storage = Storage()
+        self.sessions: dict[str, Slots] = {}
+        self.pusher_idle_s = pusher_idle_s
+        self.prefills: list[PrefillEngine] = []
+        self.decodes: list[DecodeEngine] = []
+        self._counted = metrics.snapshot()
+
+    def prefill(
+        self,
+        name: str = "prefill-1",
+        *,
+        slots: int = 256,
+        reserve: int = 24,
+        policy: str = "split",
+        config: DualPathConfig = CONFIG,
+        readers: int = 1,
+    ) -> PrefillEngine:
+        engine = PrefillEngine(
+            self, name, slots=slots, reserve=reserve, policy=policy, config=config, readers=readers
+        )
+        self.prefills.append(engine)
+        return engine
+
+    def decode(
+        self, name: str = "decode-1", *, slots: int = 256, config: DualPathConfig = CONFIG, readers: int = 1
+    ) -> DecodeEngine:
+        engine = DecodeEngine(self, name, slots=slots, config=config, readers=readers)
+        self.decodes.append(engine)
+        return engine
+
+    def counted(self, name: str) -> float:
+        """How much a metric grew in this test."""
+        return metrics.snapshot().get(name, 0.0) - self._counted.get(name, 0.0)
+
+    def fallbacks(self, reason: str) -> float:
+        return self.counted(f'sglang_dualpath_fallbacks_total{{reason="{reason}"}}')
+
+    def check(self) -> None:
+        """After all reads have ended: nothing was written where it must not be, and nothing is left over."""
+        for prefill in self.prefills:
+            wait_for(lambda p=prefill: not p.reads.late, f"last words of {prefill.name}: {prefill.reads.late}")
+            assert prefill.reserve.free == prefill.reserve.size
+            assert not prefill.reads.reads
+            assert not prefill.reads.by_number
+        for decode in self.decodes:
+            if not decode.hop.dead:
+                wait_for(lambda d=decode: not d.reads.reads, f"reads of {decode.name} over: {decode.reads.reads}")
+                assert not decode.reads.in_hand
+                assert not decode.reads._by_prefetch
+        for engine in (*self.prefills, *self.decodes):
+            assert not engine.io.errors, engine.io.errors
+            assert not engine.pool.violations
+        assert not self.wire.errors, self.wire.errors
+
+    def close(self) -> None:
+        self.storage.gate.set()
+        for engine in (*self.decodes, *self.prefills):
+            engine.stop()
+        self.wire.close()
+
+
+@contextmanager
+def running(cluster: Cluster) -> Iterator[Cluster]:
+    before = set(threading.enumerate())
+    try:
+        yield cluster
+    finally:
+        cluster.close()
+    wait_for(lambda: not (set(threading.enumerate()) - before), "threads ended", 5.0)
+
+
+__all__ = ["BATCH_PAGES", "CONFIG", "Cluster", "PAGE_BYTES", "PAGE_TOKENS", "Phase", "prompt", "running", "wait_for"]

@@ -1,0 +1,347 @@
+"""Both read paths without faults: who reads what, and that every byte is in its place."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from sglang_dualpath.protocol import Claim, Decline, Done, Grant, Hello, NoOffer, NoOfferReason, Offer
+from tests.reader.cluster import CONFIG, PAGE_BYTES, Cluster, prompt, wait_for
+
+PAGES = 40
+
+
+def own_pages(cluster: Cluster) -> float:
+    return cluster.counted('sglang_dualpath_read_bytes_total{engine_role="prefill",path="prefill"}') / PAGE_BYTES
+
+
+def decode_pages(cluster: Cluster) -> float:
+    return cluster.counted('sglang_dualpath_read_bytes_total{engine_role="decode",path="decode"}') / PAGE_BYTES
+
+
+@pytest.mark.parametrize("policy", ["prefill", "decode", "shorter_queue", "split"])
+def test_every_policy_brings_every_page_once(cluster: Cluster, policy: str) -> None:
+    prefill, decode = cluster.prefill(policy=policy), cluster.decode()
+    hashes = prompt("a", PAGES)
+    cluster.storage.put(hashes)
+    cluster.storage.latency_s = 0.005
+    decode.request(1, hashes, prefill.name)
+    wait_for(lambda: cluster.wire.sent(Hello))
+    job = prefill.request(1, hashes)
+    assert job.result() == PAGES
+    job.check()
+    decode.settle(1)
+    assert set(cluster.storage.reads.values()) == {1}
+    if 1 in decode.jobs:
+        decode.jobs[1].check()
+    if policy == "decode":
+        assert own_pages(cluster) == 0
+    if policy in ("prefill", "shorter_queue"):
+        assert decode_pages(cluster) == 0
+    if policy == "split":
+        assert own_pages(cluster) >= 5
+        assert decode_pages(cluster) >= 5
+    cluster.check()
+
+
+def test_the_decode_engine_keeps_the_prefix_that_it_read(cluster: Cluster) -> None:
+    prefill, decode = cluster.prefill(), cluster.decode()
+    hashes = prompt("a", PAGES)
+    cluster.storage.put(hashes)
+    cluster.storage.latency_s = 0.005
+    decode.request(1, hashes, prefill.name)
+    assert prefill.request(1, hashes).result() == PAGES
+    decode.settle(1)
+    kept = decode.jobs[1]
+    kept.check()
+    assert kept.kept == decode_pages(cluster) > 0
+    cluster.check()
+
+
+@pytest.mark.parametrize("hello_first", [True, False])
+def test_the_order_of_arrival_does_not_matter(cluster: Cluster, hello_first: bool) -> None:
+    prefill, decode = cluster.prefill(policy="decode"), cluster.decode()
+    hashes = prompt("a", 12)
+    cluster.storage.put(hashes)
+    if hello_first:
+        decode.request(1, hashes, prefill.name)
+        wait_for(lambda: cluster.wire.sent(Hello))
+        job = prefill.request(1, hashes)
+    else:
+        job = prefill.request(1, hashes)
+        decode.request(1, hashes, prefill.name)
+    assert job.result() == 12
+    job.check()
+    decode.settle(1)
+    assert decode_pages(cluster) == 12
+    cluster.check()
+
+
+def test_what_decode_holds_in_memory_is_not_read_from_storage(cluster: Cluster) -> None:
+    prefill, decode = cluster.prefill(), cluster.decode()
+    hashes = prompt("a", 20)
+    cluster.storage.put(hashes)
+    decode.request(1, hashes, prefill.name, held=20)
+    wait_for(lambda: cluster.wire.sent(Hello))
+    job = prefill.request(1, hashes)
+    assert job.result() == 20
+    job.check()
+    decode.settle(1)
+    assert not cluster.storage.reads
+    cluster.check()
+
+
+def test_pages_that_are_in_memory_alone_come_over_the_hop(cluster: Cluster) -> None:
+    prefill, decode = cluster.prefill(), cluster.decode()
+    hashes = prompt("a", 24)
+    cluster.storage.put(hashes[:15])
+    decode.request(1, hashes, prefill.name, held=24)
+    wait_for(lambda: cluster.wire.sent(Hello))
+    job = prefill.request(1, hashes, stored=15)
+    assert job.result() == 24
+    job.check()
+    decode.settle(1)
+    cluster.check()
+
+
+def test_a_memory_only_read_ends_by_itself_and_releases_what_it_held(cluster: Cluster) -> None:
+    prefill, decode = cluster.prefill(), cluster.decode()
+    hashes = prompt("a", 9)
+    # The prefill engine's answer to a closed read is lost, so only the decode engine can know that it is through.
+    cluster.wire.lose = lambda sender, receiver, message: isinstance(message, NoOffer)
+    read = decode.request(1, hashes, prefill.name, held=9)
+    wait_for(lambda: cluster.wire.sent(Hello))
+    job = prefill.request(1, hashes, stored=0)
+    assert job.result() == 9
+    wait_for(lambda: read.over, within_s=2.0)
+    assert read.ended == "through"
+    job.check()
+    cluster.check()
+
+
+def test_the_suffix_is_read_while_the_prefix_in_memory_is_pushed(cluster: Cluster) -> None:
+    prefill, decode = cluster.prefill(policy="decode"), cluster.decode()
+    hashes = prompt("a", 30)
+    cluster.storage.put(hashes)
+    decode.request(1, hashes, prefill.name, held=13)
+    wait_for(lambda: cluster.wire.sent(Hello))
+    job = prefill.request(1, hashes, first_page=4)
+    assert job.result() == 26
+    job.check()
+    decode.settle(1)
+    assert decode.jobs[1].kept == 17
+    decode.jobs[1].check()
+    assert decode_pages(cluster) == 17
+    assert own_pages(cluster) == 0
+    cluster.check()
+
+
+def test_a_decode_engine_that_has_less_declines(cluster: Cluster) -> None:
+    prefill, decode = cluster.prefill(), cluster.decode()
+    hashes = prompt("a", 20)
+    cluster.storage.put(hashes)
+    decode.request(1, hashes, prefill.name, held=3)
+    wait_for(lambda: cluster.wire.sent(Hello))
+    job = prefill.request(1, hashes, first_page=6)
+    assert job.result() == 14
+    job.check()
+    decode.settle(1)
+    assert own_pages(cluster) == 14
+    cluster.check()
+
+
+def test_pages_in_decode_device_memory_alone_are_not_offered(cluster: Cluster) -> None:
+    prefill, decode = cluster.prefill(), cluster.decode()
+    hashes = prompt("a", 20)
+    cluster.storage.put(hashes)
+    decode.request(1, hashes, prefill.name, held=2, match=10)
+    wait_for(lambda: cluster.wire.sent(Hello))
+    job = prefill.request(1, hashes)
+    assert job.result() == 20
+    job.check()
+    decode.settle(1)
+    assert not cluster.wire.sent(Offer)
+    assert own_pages(cluster) == 20
+    cluster.check()
+
+
+def test_a_different_prompt_behind_the_same_room_is_declined(cluster: Cluster) -> None:
+    prefill, decode = cluster.prefill(), cluster.decode()
+    hashes, other = prompt("a", 12), prompt("b", 12)
+    cluster.storage.put(hashes)
+    decode.request(1, other, prefill.name, held=12)
+    wait_for(lambda: cluster.wire.sent(Hello))
+    job = prefill.request(1, hashes)
+    assert job.result() == 12
+    job.check()
+    assert [message.reason for message in cluster.wire.sent(Decline)] == ["prompt_differs"]
+    cluster.check()
+
+
+def test_another_package_version_gets_no_offer_and_costs_no_wait(cluster: Cluster) -> None:
+    prefill, decode = cluster.prefill(policy="decode"), cluster.decode()
+    hashes = prompt("a", 12)
+    cluster.storage.put(hashes)
+    send = cluster.wire.send
+
+    def older(sender: str, receiver: str, message: object) -> bool:
+        if isinstance(message, Hello):
+            message = msgspec.structs.replace(message, package="0.0.0")
+        return send(sender, receiver, message)  # type: ignore[arg-type]
+
+    cluster.wire.send = older  # type: ignore[method-assign]
+    job = prefill.request(1, hashes)
+    decode.request(1, hashes, prefill.name)
+    assert job.result() == 12
+    assert job.ended_s - job.started_s < CONFIG.hello_silence_s / 2
+    decode.settle(1)
+    assert [message.reason for message in cluster.wire.sent(NoOffer)] == [NoOfferReason.VERSION]
+    assert cluster.fallbacks("package_version") == 1
+    cluster.check()
+
+
+def test_an_engine_that_speaks_under_another_name_gets_no_offer(cluster: Cluster) -> None:
+    prefill, decode = cluster.prefill(policy="decode"), cluster.decode()
+    hashes = prompt("a", 12)
+    cluster.storage.put(hashes)
+    decode.reads.engine = "decode-2"
+    decode.request(1, hashes, prefill.name)
+    wait_for(lambda: cluster.wire.sent(Hello))
+    job = prefill.request(1, hashes)
+    assert job.result() == 12
+    decode.settle(1)
+    assert not cluster.wire.sent(Offer)
+    assert cluster.fallbacks("engine_name") == 1
+    cluster.check()
+
+
+def test_a_hello_that_never_comes_is_waited_for_and_then_not(cluster: Cluster) -> None:
+    prefill = cluster.prefill(policy="decode")
+    hashes = prompt("a", 12)
+    cluster.storage.put(hashes)
+    first = prefill.request(1, hashes)
+    assert first.result() == 12
+    assert CONFIG.hello_silence_s <= first.ended_s - first.started_s < 3 * CONFIG.hello_silence_s
+    for room in range(2, 5):
+        assert prefill.request(room, hashes).result() == 12
+    # Now the decode servers are taken to run without DualPath.
+    last = prefill.request(5, hashes)
+    assert last.result() == 12
+    assert last.ended_s - last.started_s < CONFIG.hello_silence_s / 2
+    assert cluster.fallbacks("no_hello") == 5
+    cluster.check()
+
+
+def test_split_reads_ahead_without_a_hello(cluster: Cluster) -> None:
+    prefill = cluster.prefill(policy="split")
+    hashes = prompt("a", 12)
+    cluster.storage.put(hashes)
+    job = prefill.request(1, hashes)
+    assert job.result() == 12
+    assert job.ended_s - job.started_s < CONFIG.hello_silence_s
+    job.check()
+    cluster.check()
+
+
+def test_a_request_without_a_room_is_read_by_prefill(cluster: Cluster) -> None:
+    prefill = cluster.prefill()
+    hashes = prompt("a", 12)
+    cluster.storage.put(hashes)
+    job = prefill.request(None, hashes)
+    assert job.result() == 12
+    job.check()
+    cluster.check()
+
+
+def test_no_endpoint_lets_the_request_go_on(cluster: Cluster) -> None:
+    decode = cluster.decode()
+    decode.request(1, prompt("a", 4), None)
+    assert not decode.reads.pending(1)
+    assert cluster.fallbacks("prefill_without_dualpath") == 1
+    cluster.check()
+
+
+def test_an_endpoint_that_is_never_found_lets_the_request_go_on(cluster: Cluster) -> None:
+    decode = cluster.decode()
+    decode.reads.accepted(1, object(), match_pages=0, held_slots=[], held_hashes=[])
+    assert decode.reads.pending(1)
+    decode.settle(1, within_s=2 * CONFIG.hello_silence_s)
+    cluster.check()
+
+
+def test_a_request_that_never_reaches_prefill_settles(cluster: Cluster) -> None:
+    prefill, decode = cluster.prefill(), cluster.decode()
+    prefill.reads.arrived(1, "handle")
+    decode.request(1, prompt("a", 4), prefill.name)
+    wait_for(lambda: cluster.wire.sent(Hello))
+    prefill.reads.declined("handle", NoOfferReason.NO_HITS)
+    decode.settle(1, within_s=1.0)
+    assert [message.reason for message in cluster.wire.sent(NoOffer)] == [NoOfferReason.NO_HITS]
+    prefill.reads.gone("handle")
+    assert not prefill.reads._room_of
+    cluster.check()
+
+
+def test_a_waiting_decode_engine_hears_that_prefill_lives(cluster: Cluster) -> None:
+    prefill, decode = cluster.prefill(), cluster.decode()
+    prefill.reads.arrived(1, "handle")
+    read = decode.request(1, prompt("a", 4), prefill.name)
+    wait_for(lambda: False if read.deadline_s - decode.reads.clock() > 8 - 3 * CONFIG.hello_silence_s else True)
+    assert decode.reads.pending(1)
+    prefill.reads.gone("handle")
+    decode.settle(1, within_s=1.0)
+    cluster.check()
+
+
+def test_a_later_attempt_of_a_settled_room_is_prefill_alone(cluster: Cluster) -> None:
+    prefill, decode = cluster.prefill(), cluster.decode()
+    hashes = prompt("a", 16)
+    cluster.storage.put(hashes)
+    decode.request(1, hashes, prefill.name)
+    wait_for(lambda: cluster.wire.sent(Hello))
+    assert prefill.request(1, hashes).result() == 16
+    decode.settle(1)
+    again = prefill.request(1, hashes)
+    assert again.result() == 16
+    again.check()
+    assert len(cluster.wire.sent(Offer)) == 1
+    cluster.check()
+
+
+def test_samples_that_share_a_room_all_get_their_pages(cluster: Cluster) -> None:
+    prefill, decode = cluster.prefill(), cluster.decode()
+    hashes = prompt("a", 24)
+    cluster.storage.put(hashes)
+    cluster.storage.latency_s = 0.01
+    decode.request(1, hashes, prefill.name)
+    wait_for(lambda: cluster.wire.sent(Hello))
+    jobs = [prefill.request(1, hashes) for _ in range(3)]
+    for job in jobs:
+        assert job.result() == 24
+        job.check()
+        prefill.reads.gone(job.prefetch.handle)
+    assert not prefill.reads._room_of
+    cluster.check()
+
+
+def test_the_decode_engine_asks_for_no_more_than_its_bounds(cluster: Cluster) -> None:
+    prefill, decode = cluster.prefill(policy="decode"), cluster.decode()
+    hashes = prompt("a", 60)
+    cluster.storage.put(hashes)
+    decode.hop.latency_s = 0.02
+    most = 0
+    job = None
+    decode.request(1, hashes, prefill.name)
+    wait_for(lambda: cluster.wire.sent(Hello))
+    job = prefill.request(1, hashes)
+    while not job.done.is_set():
+        most = max(most, prefill.reserve.backing)
+        job.done.wait(0.001)
+    job.check()
+    assert 0 < most <= 2 * CONFIG.claims_in_flight * 3
+    claims = [message.max_pages for message in cluster.wire.sent(Claim)]
+    assert max(claims) <= 3
+    grants, words = cluster.wire.sent(Grant), cluster.wire.sent(Done)
+    assert len(grants) == len(words) == len({word.claim_id for word in words})
+    decode.settle(1)
+    cluster.check()
