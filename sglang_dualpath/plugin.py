@@ -25,10 +25,10 @@ READ_FLAGS = "sglang.srt.server_args.ServerArgs.from_cli_args"
 
 def register() -> None:
     """Called by SGLang in every process, before it parses arguments."""
-    HookRegistry.register(ADD_FLAGS, _add_flags, HookType.AFTER)
-    HookRegistry.register(READ_FLAGS, _read_flags, HookType.AROUND)
     # The switch in the environment: a child of a server that has it, or sglang.Engine(...).
     _switch_on(argparse.Namespace())
+    HookRegistry.register(ADD_FLAGS, _add_flags, HookType.AFTER)
+    HookRegistry.register(READ_FLAGS, _read_flags, HookType.AROUND)
 
 
 def _add_flags(result: Any, *args: Any, **kwargs: Any) -> None:

@@ -5,6 +5,7 @@ SGLang's ``/route`` reply is parsed strictly by stock decode servers, so nothing
 
 from __future__ import annotations
 
+import http.client
 import json
 import logging
 import threading
@@ -21,34 +22,46 @@ logger = logging.getLogger(__name__)
 
 _ROUTE = "/dualpath/engines"
 _TIMEOUT_S = 2.0
+_RETRY_S = 1.0
 # A prefill server that answered without the route may be restarted with the flag; ask again after this.
 _NEGATIVE_S = 30.0
 # One that did not answer, or has not registered yet, may only be starting.
 _UNREADY_S = 1.0
 _MAX_ENGINES = 4096
+_MAX_RANK = 65_535
+# Requests name their bootstrap server, so a client could name any number of them.
+_MAX_SERVERS = 1024
 _MAX_REPLY_BYTES = 1024 * 1024
+
+Then = Callable[[str | None], None]
 
 
 class EngineDirectory:
     """The bootstrap server's table: dp rank and tp rank to endpoint. Lives on its event loop alone."""
 
     def __init__(self) -> None:
-        self._endpoints: dict[str, str] = {}
+        self.endpoints: dict[str, str] = {}
 
     async def put(self, request: web.Request) -> web.Response:
         try:
             body = await request.json()
-            key = f"{int(body['dp_rank'])}.{int(body['tp_rank'])}"
-            endpoint = str(body["endpoint"])
-        except (ValueError, KeyError, TypeError) as error:
+            ranks = int(body["dp_rank"]), int(body["tp_rank"])
+            endpoint = body["endpoint"]
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             return web.Response(status=400, text=f"not an engine: {error}")
-        if not endpoint.startswith("tcp://") or len(endpoint) > 256 or len(self._endpoints) >= _MAX_ENGINES:
+        key = "{}.{}".format(*ranks)
+        full = len(self.endpoints) >= _MAX_ENGINES and key not in self.endpoints
+        if not _is_endpoint(endpoint) or not all(0 <= rank <= _MAX_RANK for rank in ranks) or full:
             return web.Response(status=400, text="not a control endpoint")
-        self._endpoints[key] = endpoint
+        self.endpoints[key] = endpoint
         return web.Response(text="OK")
 
     async def get(self, request: web.Request) -> web.Response:
-        return web.json_response(self._endpoints)
+        return web.json_response(self.endpoints)
+
+
+def _is_endpoint(value: object) -> bool:
+    return isinstance(value, str) and value.startswith("tcp://") and len(value) <= 256
 
 
 def add_routes(router: web.UrlDispatcher) -> EngineDirectory:
@@ -59,7 +72,7 @@ def add_routes(router: web.UrlDispatcher) -> EngineDirectory:
     return directory
 
 
-def publish(bootstrap_url: str, *, dp_rank: int, tp_rank: int, endpoint: str, attempts: int = 60) -> None:
+def publish(bootstrap_url: str, *, dp_rank: int, tp_rank: int, endpoint: str, attempts: int = 60) -> threading.Thread:
     """Register a prefill engine from a thread of its own, again and again until its bootstrap server is up."""
 
     def run() -> None:
@@ -71,11 +84,14 @@ def publish(bootstrap_url: str, *, dp_rank: int, tp_rank: int, endpoint: str, at
             try:
                 with _OPENER.open(request, timeout=_TIMEOUT_S):
                     return
-            except OSError:
-                time.sleep(1.0)
+            except (OSError, http.client.HTTPException) as error:
+                _close(error)
+                time.sleep(_RETRY_S)
         logger.error("The control endpoint could not be published at %s; decode servers cannot help.", bootstrap_url)
 
-    threading.Thread(target=run, name="dualpath-publish", daemon=True).start()
+    thread = threading.Thread(target=run, name="dualpath-publish", daemon=True)
+    thread.start()
+    return thread
 
 
 class EndpointLookup:
@@ -87,19 +103,23 @@ class EndpointLookup:
         self._lock = threading.Lock()
         self._found: dict[str, dict[str, str]] = {}
         self._absent_until: dict[str, float] = {}
+        self._waiting: dict[str, list[tuple[str, Then]]] = {}
+        """Who waits for the answer to a question that is being asked, by bootstrap server."""
+        self._closed = False
 
-    def find(self, bootstrap_addr: str, *, dp_rank: int, tp_rank: int, then: Callable[[str | None], None]) -> None:
+    def find(self, bootstrap_addr: str, *, dp_rank: int, tp_rank: int, then: Then) -> None:
         """Call ``then`` with the endpoint, or None if there is none: at once if known, else from a thread."""
         key = f"{dp_rank}.{tp_rank}"
         with self._lock:
-            known = self._found.get(bootstrap_addr)
+            known = self._found.get(bootstrap_addr, {}).get(key)
             absent = self._absent_until.get(bootstrap_addr, 0.0) > self._clock()
-        if known is not None and key in known:
-            then(known[key])
-        elif absent:
-            then(None)
-        else:
-            self._pool.submit(self._ask, bootstrap_addr, key, then)
+            if known is None and not absent and not self._closed:
+                waiting = self._waiting.setdefault(bootstrap_addr, [])
+                waiting.append((key, then))
+                if len(waiting) == 1:
+                    self._pool.submit(self._ask, bootstrap_addr)
+                return
+        then(known)
 
     def forget(self, endpoint: str) -> None:
         """Nobody answers there any more: look it up again next time."""
@@ -108,27 +128,49 @@ class EndpointLookup:
                 if endpoint in engines.values():
                     del self._found[addr]
 
-    def _ask(self, bootstrap_addr: str, key: str, then: Callable[[str | None], None]) -> None:
+    def _ask(self, bootstrap_addr: str) -> None:
         engines: dict[str, str] = {}
         absent_s = _UNREADY_S
         try:
             with _OPENER.open(f"http://{bootstrap_addr}{_ROUTE}", timeout=_TIMEOUT_S) as reply:
                 body: Any = json.loads(reply.read(_MAX_REPLY_BYTES))
             if isinstance(body, dict):
-                engines = {str(name): str(endpoint) for name, endpoint in body.items()}
-        except (OSError, ValueError) as error:
+                engines = {name: endpoint for name, endpoint in body.items() if _is_endpoint(endpoint)}
+        except (OSError, ValueError, RecursionError, http.client.HTTPException) as error:
             if isinstance(error, urllib.error.HTTPError) and error.code == 404:
                 absent_s = _NEGATIVE_S
+            _close(error)
             logger.info("No DualPath control endpoint at %s: %s", bootstrap_addr, error)
         with self._lock:
-            if key in engines:
-                self._found[bootstrap_addr] = engines
-            else:
-                self._absent_until[bootstrap_addr] = self._clock() + absent_s
-        then(engines.get(key))
+            waiting = self._waiting.pop(bootstrap_addr, [])
+            if engines:
+                _remember(self._found, bootstrap_addr, engines)
+            if any(key not in engines for key, _ in waiting):
+                _remember(self._absent_until, bootstrap_addr, self._clock() + absent_s)
+        for key, then in waiting:
+            try:
+                then(engines.get(key))
+            except Exception:
+                logger.exception("A looked-up control endpoint could not be used.")
 
     def close(self) -> None:
+        """Ends the threads. Whoever still waits gets no answer; later questions are answered with None."""
+        with self._lock:
+            self._closed = True
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _remember(known: dict[str, Any], addr: str, value: object) -> None:
+    known.pop(addr, None)
+    while len(known) >= _MAX_SERVERS:
+        del known[next(iter(known))]
+    known[addr] = value
+
+
+def _close(error: Exception) -> None:
+    """An HTTPError holds the connection of its reply."""
+    if isinstance(error, urllib.error.HTTPError):
+        error.close()
 
 
 # Servers of a cluster talk to each other directly, whatever proxy the environment names for the outside.

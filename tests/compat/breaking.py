@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import enum
 import functools
 import inspect
 import pkgutil
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,11 +22,16 @@ def break_seam(path: str, attribute: str | None, parameters: Sequence[str]) -> N
 
 
 def remove(path: str) -> None:
-    """Delete the symbol where it is defined, which for a method may be a base class."""
+    """Delete the symbol where it is defined, which for a method may be a base class, or several."""
     holder, name = _place(path)
-    if inspect.isclass(holder):
-        holder = next(base for base in inspect.getmro(holder) if name in vars(base))
-    delattr(holder, name)
+    if inspect.isclass(holder) and issubclass(holder, enum.Enum):
+        # Members cannot be deleted, so another enumeration takes its place.
+        left = {member.name: member.value for member in holder if member.name != name}
+        setattr(sys.modules[holder.__module__], holder.__name__, enum.Enum(holder.__name__, left))
+        return
+    for base in inspect.getmro(holder) if inspect.isclass(holder) else [holder]:
+        if name in vars(base):
+            delattr(base, name)
 
 
 def rename_parameter(path: str, parameter: str) -> None:

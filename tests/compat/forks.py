@@ -84,14 +84,14 @@ class ForkServer:
         self._known: dict[str, Outcome] = {}
         self._ask(None, START_S)
 
-    def run(self, scenario: str, *args: Any, env: Mapping[str, str] | None = None) -> Outcome:
+    def run(self, scenario: str, *args: Any, env: Mapping[str, str] | None = None, limit_s: float = CASE_S) -> Outcome:
         """Call `tests.compat.scenarios.<scenario>(*args)` in a new process whose environment has `env` on top.
 
         The same question is asked once: every process starts from the same state.
         """
-        request = json.dumps({"scenario": scenario, "args": args, "env": dict(env or {})})
+        request = json.dumps({"scenario": scenario, "args": args, "env": dict(env or {}), "limit_s": limit_s})
         if request not in self._known:
-            self._known[request] = Outcome(**json.loads(self._ask(request, CASE_S + 10)))
+            self._known[request] = Outcome(**json.loads(self._ask(request, limit_s + 10)))
         return self._known[request]
 
     def _ask(self, request: str | None, limit_s: float) -> str:
@@ -141,24 +141,25 @@ def main() -> None:
     gc.freeze()
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
-        print(json.dumps(_fork(json.loads(line))._asdict()), file=answers, flush=True)
+        print(json.dumps(fork(json.loads(line))._asdict()), file=answers, flush=True)
 
 
-def _fork(request: Mapping[str, Any]) -> Outcome:
+def fork(request: Mapping[str, Any]) -> Outcome:
+    """Run one scenario in a copy of this process."""
     with tempfile.TemporaryDirectory() as directory:
         files = {name: Path(directory, name) for name in ("stdout", "stderr", "report")}
         pid = os.fork()
         if pid == 0:
             _become(request, files)
-        code = _wait(pid)
+        code = _wait(pid, request["limit_s"])
         text = {name: path.read_text() if path.exists() else "" for name, path in files.items()}
         report = json.loads(text["report"]) if text["report"] else None
         return Outcome(code, text["stdout"], text["stderr"], report)
 
 
-def _wait(pid: int) -> int:
+def _wait(pid: int, limit_s: float) -> int:
     """Exit code of a child; negative: a signal, ours if it takes too long."""
-    deadline = time.monotonic() + CASE_S
+    deadline = time.monotonic() + limit_s
     while time.monotonic() < deadline:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:

@@ -5,6 +5,7 @@ Nothing of the package is imported before SGLang loads its plugins.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import runpy
@@ -13,7 +14,7 @@ import types
 from pathlib import Path
 from typing import Any
 
-from tests.compat.forks import note
+from tests.compat.forks import fork, note
 
 
 def model(directory: str) -> str:
@@ -96,19 +97,87 @@ def config() -> dict[str, Any]:
     return dict(msgspec.to_builtins(read_config()))
 
 
+def without_each_seam() -> dict[str, Any]:
+    """What becomes of a process whose SGLang lacks one thing, for each thing that is relied on."""
+    from sglang_dualpath import plugin  # noqa: F401 (so that each copy has it)
+    from sglang_dualpath.compat.catalogue import SEAMS
+
+    gc.collect()
+    gc.freeze()
+    outcomes = {}
+    for seam in SEAMS:
+        where = [seam.path, seam.attribute, list(seam.parameters)]
+        outcomes[seam.name] = fork({"scenario": "without_seam", "args": where, "env": {}, "limit_s": 30})
+    return {name: [outcome.code, outcome.stdout, outcome.stderr, None] for name, outcome in outcomes.items()}
+
+
 def without_seam(path: str, attribute: str | None, parameters: list[str]) -> None:
     """The plugin in a SGLang that lacks one thing. The switch is in the environment."""
+    from sglang_dualpath.plugin import register
     from tests.compat.breaking import break_seam
 
     break_seam(path, attribute, parameters)
-    from sglang_dualpath.plugin import register
-
     register()
+
+
+def undeclared() -> dict[str, list[str]]:
+    """What this package imports from SGLang, and overrides of its methods, without naming it as a seam."""
+    import ast
+    import inspect
+    import pkgutil
+
+    import sglang_dualpath
+    from sglang_dualpath.compat.catalogue import SEAMS
+
+    seams = [pkgutil.resolve_name(seam.path) for seam in SEAMS if seam.attribute is None]
+    imports, overrides = [], []
+    for info in pkgutil.walk_packages(sglang_dualpath.__path__, "sglang_dualpath."):
+        module = importlib.import_module(info.name)
+        for node in ast.walk(ast.parse(inspect.getsource(module))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sglang."):
+                for name in node.names:
+                    found = getattr(importlib.import_module(node.module or ""), name.name)
+                    within = f"{node.module}.{name.name}."
+                    if not any(found is seam for seam in seams) and not any(s.path.startswith(within) for s in SEAMS):
+                        imports.append(f"{info.name}: {node.module}.{name.name}")
+        for cls in vars(module).values():
+            if inspect.isclass(cls) and cls.__module__ == info.name:
+                overrides += [f"{info.name}: {name}" for name in _overrides(cls) if not _declared(cls, name, seams)]
+    return {"imports": imports, "overrides": overrides}
+
+
+def _overrides(cls: type) -> list[str]:
+    """Methods of ours that SGLang's part of the class has too."""
+    upstream = [base for base in cls.__mro__ if base.__module__.startswith("sglang.")]
+    return [
+        name
+        for name, member in vars(cls).items()
+        if callable(member)
+        and not (name.startswith("__") and name.endswith("__"))
+        and any(name in vars(base) for base in upstream)
+    ]
+
+
+def _declared(cls: type, name: str, seams: list[Any]) -> bool:
+    upstream = next(base for base in cls.__mro__ if base.__module__.startswith("sglang.") and name in vars(base))
+    return any(getattr(upstream, name) is seam for seam in seams)
 
 
 def hook_fails(target: str) -> None:
     """A scheduler process in which SGLang cannot apply one hook, up to where it makes its tree."""
     from sglang.srt.plugins import load_plugins
+
+    _break_hook(target)
+    load_plugins()
+    make_tree()
+
+
+def hook_fails_in_the_main_process(target: str, argv: list[str]) -> None:
+    _break_hook(target)
+    launch_server(argv)
+
+
+def _break_hook(target: str) -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry
 
     stock = HookRegistry._apply_target.__func__
@@ -119,8 +188,6 @@ def hook_fails(target: str) -> None:
         stock(cls, path, hooks)
 
     HookRegistry._apply_target = classmethod(apply)
-    load_plugins()
-    make_tree("prefill")
 
 
 def hook_lost(target: str) -> None:
@@ -136,7 +203,7 @@ def hook_lost(target: str) -> None:
         HookRegistry.register(target, lambda original, *args, **kwargs: original(*args, **kwargs), HookType.AROUND)
     HookRegistry.apply_hooks()
     load_plugins()
-    make_tree("prefill")
+    make_tree()
 
 
 def special_model(kind: str) -> None:
@@ -144,13 +211,32 @@ def special_model(kind: str) -> None:
     from sglang.srt.plugins import load_plugins
 
     load_plugins()
-    make_tree("prefill", **{kind: True})
+    make_tree(**{kind: True})
 
 
-def make_tree(mode: str, **kinds: bool) -> None:
+def make_tree(**kinds: bool) -> None:
     """Ask the tree factory that is registered for this package's trees, as the scheduler does."""
     from sglang.srt.mem_cache.registry import get_radix_cache_factory
 
     factory = get_radix_cache_factory("dualpath")
     assert factory is not None
     factory(types.SimpleNamespace(**{"is_hybrid_swa": False, "is_hybrid_ssm": False, "is_dsa": False} | kinds))
+
+
+def tree() -> dict[str, str]:
+    """Which tree a scheduler process gets, by its role."""
+    from sglang.srt import runtime_context
+    from sglang.srt.mem_cache import registry
+    from sglang.srt.plugins import load_plugins
+
+    def create(ctx: Any, cache_class: type) -> None:
+        made[mode] = cache_class.__name__
+
+    made: dict[str, str] = {}
+    registry.create_unified_radix_cache = create
+    load_plugins()
+    for mode in ("prefill", "decode"):
+        role = types.SimpleNamespace(disaggregation_mode=mode)
+        runtime_context.get_disagg = lambda role=role: role
+        make_tree()
+    return made

@@ -1,0 +1,391 @@
+"""Control endpoints: how a prefill server publishes them, and how a decode server finds, remembers and forgets them."""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from sglang_dualpath.connector import directory
+from sglang_dualpath.connector.directory import EndpointLookup, add_routes, publish
+from tests.connector.conftest import Serve
+
+ROUTE = "/dualpath/engines"
+ENDPOINT = "tcp://10.0.0.1:7000"
+
+
+class Bootstrap:
+    """A bootstrap server with the routes, that counts questions and may be told what to answer."""
+
+    def __init__(self) -> None:
+        self.app = web.Application(middlewares=[self._count])
+        self.directory = add_routes(self.app.router)
+        self.asked = 0
+        self.answer: web.StreamResponse | None = None
+
+    @web.middleware
+    async def _count(self, request: web.Request, handler: Any) -> web.StreamResponse:
+        if request.method == "GET":
+            self.asked += 1
+            if self.answer is not None:
+                return self.answer
+        response: web.StreamResponse = await handler(request)
+        return response
+
+
+class Clock:
+    """Time that stands still."""
+
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def bootstrap() -> Bootstrap:
+    return Bootstrap()
+
+
+@pytest.fixture
+def address(serve: Serve, bootstrap: Bootstrap) -> str:
+    return serve(bootstrap.app)
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def lookup(clock: Clock) -> Iterator[EndpointLookup]:
+    lookup = EndpointLookup(clock)
+    yield lookup
+    lookup.close()
+
+
+def put(address: str, body: object) -> tuple[int, str]:
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    request = urllib.request.Request(f"http://{address}{ROUTE}", data=data, method="PUT")
+    try:
+        with urllib.request.urlopen(request, timeout=5) as reply:
+            return reply.status, reply.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+
+
+def get(address: str) -> dict[str, str]:
+    with urllib.request.urlopen(f"http://{address}{ROUTE}", timeout=5) as reply:
+        return dict(json.loads(reply.read()))
+
+
+def engine(endpoint: str = ENDPOINT, dp_rank: int = 0, tp_rank: int = 0) -> dict[str, object]:
+    return {"dp_rank": dp_rank, "tp_rank": tp_rank, "endpoint": endpoint}
+
+
+def find(lookup: EndpointLookup, address: str, **ranks: int) -> str | None:
+    found: queue.Queue[str | None] = queue.Queue()
+    lookup.find(address, **{"dp_rank": 0, "tp_rank": 0} | ranks, then=found.put)
+    return found.get(timeout=10)
+
+
+def at_once(lookup: EndpointLookup, address: str) -> list[str | None]:
+    """What `then` was called with before `find` returned."""
+    found: list[str | None] = []
+    here = threading.get_ident()
+    lookup.find(
+        address,
+        dp_rank=0,
+        tp_rank=0,
+        then=lambda endpoint: found.append(endpoint) if threading.get_ident() == here else None,
+    )
+    return found
+
+
+# -- the server's table ------------------------------------------------------------------------------------------------
+
+
+def test_what_was_put_is_listed_by_rank(address: str) -> None:
+    assert put(address, engine()) == (200, "OK")
+    assert put(address, engine("tcp://10.0.0.1:7001", tp_rank=1))[0] == 200
+    assert get(address) == {"0.0": ENDPOINT, "0.1": "tcp://10.0.0.1:7001"}
+
+
+def test_a_restarted_engine_takes_its_place_again(address: str) -> None:
+    put(address, engine())
+    put(address, engine("tcp://10.0.0.1:7002"))
+    assert get(address) == {"0.0": "tcp://10.0.0.1:7002"}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"no json",
+        b"\xff\xfe",
+        [],
+        "text",
+        None,
+        7,
+        {},
+        {"dp_rank": 0, "tp_rank": 0},
+        {"dp_rank": "x", "tp_rank": 0, "endpoint": ENDPOINT},
+        {"dp_rank": None, "tp_rank": 0, "endpoint": ENDPOINT},
+        {"dp_rank": [0], "tp_rank": 0, "endpoint": ENDPOINT},
+        engine("http://10.0.0.1:7000"),
+        engine(""),
+        engine("tcp://" + "h" * 260),
+        engine(dp_rank=-1),
+        engine(tp_rank=-1),
+        engine(dp_rank=10**9),
+        {"dp_rank": 1e400, "tp_rank": 0, "endpoint": ENDPOINT},
+    ],
+)
+def test_a_body_that_is_not_an_engine_is_refused_and_changes_nothing(address: str, body: object) -> None:
+    put(address, engine())
+    assert put(address, body)[0] == 400
+    assert get(address) == {"0.0": ENDPOINT}
+
+
+def test_the_table_is_bounded_but_known_engines_may_move(
+    address: str, bootstrap: Bootstrap, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(directory, "_MAX_ENGINES", 2)
+    put(address, engine(tp_rank=0))
+    put(address, engine(tp_rank=1))
+    assert put(address, engine(tp_rank=2))[0] == 400
+    assert put(address, engine("tcp://10.0.0.1:7005", tp_rank=1))[0] == 200
+
+
+# -- publishing --------------------------------------------------------------------------------------------------------
+
+
+def test_a_published_engine_is_found(address: str, lookup: EndpointLookup, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")  # of no concern between servers of a cluster
+    publish(f"http://{address}", dp_rank=0, tp_rank=0, endpoint=ENDPOINT)
+    deadline = time.monotonic() + 10
+    while not get_directly(address) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert find(lookup, address) == ENDPOINT
+
+
+def get_directly(address: str) -> dict[str, str]:
+    with directory._OPENER.open(f"http://{address}{ROUTE}", timeout=5) as reply:
+        return dict(json.loads(reply.read()))
+
+
+def test_publishing_goes_on_until_the_bootstrap_server_is_up(
+    bootstrap: Bootstrap, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(directory, "_RETRY_S", 0.02)
+    opened: list[str] = []
+    stock = directory._OPENER.open
+
+    def fail_twice(request: Any, **kwargs: Any) -> Any:
+        opened.append(request.full_url)
+        if len(opened) < 3:
+            raise ConnectionRefusedError
+        return stock(request, **kwargs)
+
+    address = serve(bootstrap.app)
+    monkeypatch.setattr(directory._OPENER, "open", fail_twice)
+    thread = publish(f"http://{address}", dp_rank=0, tp_rank=3, endpoint=ENDPOINT)
+    thread.join(10)
+    assert bootstrap.directory.endpoints == {"0.3": ENDPOINT}
+    assert len(opened) == 3
+
+
+def test_publishing_that_never_succeeds_ends_with_an_error_in_the_log(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(directory, "_RETRY_S", 0.0)
+    publish("http://127.0.0.1:1", dp_rank=0, tp_rank=0, endpoint=ENDPOINT, attempts=3).join(10)
+    assert "could not be published at http://127.0.0.1:1" in caplog.text
+
+
+# -- lookup ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_known_endpoint_is_given_at_once_and_asked_for_once(
+    address: str, bootstrap: Bootstrap, lookup: EndpointLookup
+) -> None:
+    put(address, engine())
+    assert find(lookup, address) == ENDPOINT
+    assert at_once(lookup, address) == [ENDPOINT]
+    assert bootstrap.asked == 1
+
+
+def test_the_first_question_is_asked_off_the_callers_thread(address: str, lookup: EndpointLookup) -> None:
+    put(address, engine())
+    assert at_once(lookup, address) == []
+
+
+def test_each_rank_has_its_own_endpoint(address: str, lookup: EndpointLookup) -> None:
+    put(address, engine())
+    put(address, engine("tcp://10.0.0.1:7001", dp_rank=1))
+    assert find(lookup, address, dp_rank=1) == "tcp://10.0.0.1:7001"
+    assert find(lookup, address) == ENDPOINT
+
+
+def test_a_server_without_the_route_is_left_alone_for_a_while(
+    serve: Serve, lookup: EndpointLookup, clock: Clock
+) -> None:
+    stock = Bootstrap()
+    stock.answer = web.Response(status=404)
+    address = serve(stock.app)
+    assert find(lookup, address) is None
+    clock.now_s += 29
+    assert at_once(lookup, address) == [None]
+    assert stock.asked == 1
+    clock.now_s += 2
+    find(lookup, address)
+    assert stock.asked == 2
+
+
+def test_a_server_that_gets_the_flag_later_is_found(
+    address: str, bootstrap: Bootstrap, lookup: EndpointLookup, clock: Clock
+) -> None:
+    bootstrap.answer = web.Response(status=404)
+    assert find(lookup, address) is None
+    bootstrap.answer = None
+    put(address, engine())
+    clock.now_s += 31
+    assert find(lookup, address) == ENDPOINT
+
+
+def test_a_server_whose_engine_has_not_registered_is_asked_again_soon(
+    address: str, bootstrap: Bootstrap, lookup: EndpointLookup, clock: Clock
+) -> None:
+    assert find(lookup, address) is None
+    assert at_once(lookup, address) == [None]
+    put(address, engine())
+    clock.now_s += 1.1
+    assert find(lookup, address) == ENDPOINT
+    assert bootstrap.asked == 2
+
+
+def test_a_rank_that_is_missing_does_not_hide_another_that_is_known(
+    address: str, lookup: EndpointLookup, clock: Clock
+) -> None:
+    put(address, engine())
+    assert find(lookup, address) == ENDPOINT
+    assert find(lookup, address, tp_rank=1) is None
+    assert find(lookup, address) == ENDPOINT
+
+
+def test_a_server_that_is_not_up_is_asked_again_soon(lookup: EndpointLookup, clock: Clock) -> None:
+    assert find(lookup, "127.0.0.1:1") is None
+    assert at_once(lookup, "127.0.0.1:1") == [None]
+    clock.now_s += 1.1
+    assert at_once(lookup, "127.0.0.1:1") == []
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"status": 500},
+        {"text": ""},
+        {"text": "no json"},
+        {"text": "[]"},
+        {"text": "null"},
+        {"text": '"0.0"'},
+        {"text": '{"0.0": 7}'},
+        {"text": '{"0.0": null}'},
+        {"text": '{"0.0": "http://10.0.0.1:7000"}'},
+        {"text": '{"0.0": "tcp://' + "h" * 300 + '"}'},
+        {"body": b"\xff\xff"},
+        {"text": '{"0.0": "' + "x" * (1 << 20) + '"}'},
+        {"text": "[" * 100_000},
+    ],
+    ids=lambda answer: repr(answer)[:40],
+)
+def test_a_bad_answer_is_no_endpoint_and_does_not_stay(
+    address: str, bootstrap: Bootstrap, lookup: EndpointLookup, clock: Clock, answer: dict[str, Any]
+) -> None:
+    bootstrap.answer = web.Response(**answer)
+    assert find(lookup, address) is None
+    bootstrap.answer = None
+    put(address, engine())
+    clock.now_s += 1.1
+    assert find(lookup, address) == ENDPOINT
+
+
+@pytest.mark.parametrize("address", ["", "no address", "127.0.0.1:notaport", "127.0.0.1:99999999", "[::1"])
+def test_an_address_that_is_none_is_no_endpoint(lookup: EndpointLookup, address: str) -> None:
+    assert find(lookup, address) is None
+
+
+def test_a_silent_engine_is_looked_up_again(address: str, bootstrap: Bootstrap, lookup: EndpointLookup) -> None:
+    put(address, engine())
+    assert find(lookup, address) == ENDPOINT
+    put(address, engine("tcp://10.0.0.1:7009"))
+    lookup.forget(ENDPOINT)
+    assert find(lookup, address) == "tcp://10.0.0.1:7009"
+
+
+def test_forgetting_one_engine_leaves_other_servers(serve: Serve, lookup: EndpointLookup) -> None:
+    first, second = Bootstrap(), Bootstrap()
+    addresses = serve(first.app), serve(second.app)
+    put(addresses[0], engine())
+    put(addresses[1], engine("tcp://10.0.0.2:7000"))
+    for address in addresses:
+        find(lookup, address)
+    lookup.forget(ENDPOINT)
+    assert at_once(lookup, addresses[1]) == ["tcp://10.0.0.2:7000"]
+    assert second.asked == 1
+
+
+def test_many_that_ask_at_once_ask_one_question(address: str, bootstrap: Bootstrap, lookup: EndpointLookup) -> None:
+    put(address, engine())
+    found: queue.Queue[str | None] = queue.Queue()
+    for rank in (0, 0, 0, 1):
+        lookup.find(address, dp_rank=0, tp_rank=rank, then=found.put)
+    assert sorted(str(found.get(timeout=10)) for _ in range(4)) == ["None", ENDPOINT, ENDPOINT, ENDPOINT]
+    assert bootstrap.asked == 1
+
+
+def test_one_that_cannot_use_its_answer_does_not_keep_others_from_theirs(
+    address: str, lookup: EndpointLookup, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(endpoint: str | None) -> None:
+        raise ValueError("on purpose")
+
+    put(address, engine())
+    found: queue.Queue[str | None] = queue.Queue()
+    lookup.find(address, dp_rank=0, tp_rank=0, then=fail)
+    lookup.find(address, dp_rank=0, tp_rank=0, then=found.put)
+    assert found.get(timeout=10) == ENDPOINT
+    assert "could not be used" in caplog.text
+
+
+def test_servers_that_are_remembered_are_bounded(
+    serve: Serve, lookup: EndpointLookup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(directory, "_MAX_SERVERS", 2)
+    servers = [Bootstrap() for _ in range(3)]
+    addresses = [serve(server.app) for server in servers]
+    for address in addresses:
+        put(address, engine())
+        find(lookup, address)
+    assert [find(lookup, address) for address in reversed(addresses)] == [ENDPOINT] * 3
+    assert [server.asked for server in servers] == [2, 1, 1]
+
+
+def test_forgetting_what_nobody_has_does_nothing(lookup: EndpointLookup) -> None:
+    lookup.forget(ENDPOINT)
+
+
+def test_a_closed_lookup_finds_nothing_and_raises_nothing(address: str, lookup: EndpointLookup) -> None:
+    put(address, engine())
+    lookup.close()
+    assert at_once(lookup, address) == [None]

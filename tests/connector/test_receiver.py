@@ -1,0 +1,199 @@
+"""The gate in the receiver: SGLang's queue waits for a read by itself, and learns nothing else from it."""
+
+from __future__ import annotations
+
+import threading
+import types
+from collections import defaultdict
+from typing import Any
+
+import pytest
+from aiohttp import web
+from sglang.srt.disaggregation.base import KVPoll
+
+from sglang_dualpath.connector.gate import OpenGate
+from sglang_dualpath.connector.mooncake import (
+    KV_CLASSES,
+    DualPathMooncakeKVBootstrapServer,
+    DualPathMooncakeKVManager,
+    DualPathMooncakeKVReceiver,
+)
+from sglang_dualpath.connector.rooms import real_room
+
+ROOM = 41
+ADDRESS = "10.0.0.1:8998"
+
+
+class ScriptedGate:
+    """Says what a test sets, and notes what it is told."""
+
+    def __init__(self) -> None:
+        self.waits = False
+        self.asked: list[int] = []
+        self.dropped: list[int] = []
+
+    def pending(self, room: int) -> bool:
+        self.asked.append(room)
+        return self.waits
+
+    def gone(self, room: int) -> None:
+        self.dropped.append(room)
+
+
+class StubManager:
+    """As much of SGLang's KV manager as a receiver touches before its transfer."""
+
+    defer_decode_allocation = False
+    enable_deferred_decode_kv_release = False
+    waiting_timeout = 300.0
+
+    def __init__(self, gate: ScriptedGate) -> None:
+        self.gate = gate
+        self.request_status: dict[int, KVPoll] = {}
+        self.required_prefill_response_num_table: dict[int, int] = {}
+        self.prefill_response_tracker: dict[int, set[int]] = {}
+        self.addr_to_rooms_tracker: dict[str, set[int]] = defaultdict(set)
+        self.failure_records: dict[int, str] = {}
+        self.failure_lock = threading.Lock()
+
+    def update_status(self, room: int, status: KVPoll) -> None:
+        self.request_status[room] = status
+
+    def check_status(self, room: int) -> KVPoll:
+        return self.request_status[room]
+
+    def record_failure(self, room: int, reason: str) -> None:
+        self.failure_records[room] = reason
+
+
+@pytest.fixture
+def gate() -> ScriptedGate:
+    return ScriptedGate()
+
+
+@pytest.fixture
+def manager(gate: ScriptedGate) -> StubManager:
+    return StubManager(gate)
+
+
+@pytest.fixture
+def receiver(manager: StubManager) -> Any:
+    return DualPathMooncakeKVReceiver(manager, ADDRESS, ROOM)
+
+
+def test_a_request_whose_read_is_pending_is_bootstrapping(
+    receiver: Any, manager: StubManager, gate: ScriptedGate
+) -> None:
+    manager.update_status(ROOM, KVPoll.WaitingForInput)
+    gate.waits = True
+    assert [receiver.poll() for _ in range(3)] == [KVPoll.Bootstrapping] * 3
+    gate.waits = False
+    assert receiver.poll() == KVPoll.WaitingForInput
+    assert gate.asked == [ROOM] * 4
+
+
+def test_what_is_still_bootstrapping_is_not_asked_about(receiver: Any, gate: ScriptedGate) -> None:
+    assert receiver.poll() == KVPoll.Bootstrapping
+    assert gate.asked == []
+
+
+@pytest.mark.parametrize("status", [KVPoll.Failed, KVPoll.Success, KVPoll.Transferring])
+def test_no_other_status_is_overridden(receiver: Any, manager: StubManager, gate: ScriptedGate, status: KVPoll) -> None:
+    gate.waits = True
+    manager.update_status(ROOM, status)
+    assert receiver.poll() == status
+    assert gate.asked == []
+
+
+def test_a_failure_while_the_read_is_pending_is_seen_at_once(
+    receiver: Any, manager: StubManager, gate: ScriptedGate
+) -> None:
+    gate.waits = True
+    manager.update_status(ROOM, KVPoll.WaitingForInput)
+    assert receiver.poll() == KVPoll.Bootstrapping
+    manager.update_status(ROOM, KVPoll.Failed)
+    assert receiver.poll() == KVPoll.Failed
+
+
+def test_an_abort_while_the_read_is_pending_is_seen_at_once(
+    receiver: Any, manager: StubManager, gate: ScriptedGate
+) -> None:
+    gate.waits = True
+    manager.update_status(ROOM, KVPoll.WaitingForInput)
+    receiver.abort()
+    assert receiver.poll() == KVPoll.Failed
+
+
+def test_after_the_metadata_went_out_the_gate_is_not_asked_again(
+    receiver: Any, manager: StubManager, gate: ScriptedGate
+) -> None:
+    import time
+
+    gate.waits = True
+    manager.update_status(ROOM, KVPoll.WaitingForInput)
+    receiver.init_time = time.time()
+    assert receiver.poll() == KVPoll.WaitingForInput
+    assert gate.asked == []
+
+
+def test_a_transfer_timeout_is_not_overridden(receiver: Any, manager: StubManager, gate: ScriptedGate) -> None:
+    gate.waits = True
+    manager.update_status(ROOM, KVPoll.WaitingForInput)
+    receiver.init_time = 0.0
+    receiver.bootstrap_infos = None
+    receiver.invalidate_cached_bootstrap_infos = lambda: None
+    assert receiver.poll() == KVPoll.Failed
+
+
+def test_a_cleared_receiver_tells_the_gate(receiver: Any, manager: StubManager, gate: ScriptedGate) -> None:
+    receiver.clear()
+    assert gate.dropped == [ROOM]
+    assert ROOM not in manager.request_status
+
+
+def test_a_failed_request_tells_the_gate(receiver: Any, manager: StubManager, gate: ScriptedGate) -> None:
+    manager.update_status(ROOM, KVPoll.Failed)
+    with pytest.raises(Exception, match="unknown reason"):
+        receiver.failure_exception()
+    assert gate.dropped == [ROOM]
+
+
+def test_a_request_without_a_room_tells_nothing(manager: StubManager, gate: ScriptedGate) -> None:
+    receiver: Any = DualPathMooncakeKVReceiver(manager, ADDRESS, None)
+    receiver.clear()
+    assert gate.dropped == []
+
+
+def test_a_manager_without_a_read_path_holds_back_nothing() -> None:
+    gate = DualPathMooncakeKVManager.gate
+    assert isinstance(gate, OpenGate)
+    assert gate.pending(ROOM) is False
+    gate.gone(ROOM)
+
+
+def test_each_class_stands_in_for_its_base() -> None:
+    assert len(KV_CLASSES) == 3
+    assert all(issubclass(ours, theirs) for theirs, ours in KV_CLASSES.items())
+
+
+def test_the_bootstrap_server_has_its_own_routes_and_ours() -> None:
+    server: Any = object.__new__(DualPathMooncakeKVBootstrapServer)
+    server.app = web.Application()
+    server._setup_routes()
+    paths = {(route.method, getattr(route.resource, "canonical", None)) for route in server.app.router.routes()}
+    assert {("PUT", "/dualpath/engines"), ("GET", "/dualpath/engines")} <= paths
+    assert {path for _, path in paths} >= {"/route", "/health"}
+
+
+@pytest.mark.parametrize(
+    ("request_fields", "room"),
+    [
+        ({"bootstrap_room": 7, "bootstrap_host": "10.0.0.1"}, 7),
+        ({"bootstrap_room": 0, "bootstrap_host": "10.0.0.1"}, 0),
+        ({"bootstrap_room": 7, "bootstrap_host": "2.2.2.2"}, None),
+        ({"bootstrap_room": None, "bootstrap_host": "10.0.0.1"}, None),
+        ({}, None),
+    ],
+)
+def test_only_requests_that_two_servers_share_have_a_room(request_fields: dict[str, Any], room: int | None) -> None:
+    assert real_room(types.SimpleNamespace(**request_fields)) == room
