@@ -24,6 +24,8 @@ class ServerSpec:
 
     `kv_connector` None is stock SGLang. `hicache` gives it host memory and the store. A stock decode server without it
     keeps nothing between requests and reads nothing; with it, it reads from the store what it does not hold itself.
+    A decode server with `kv_connector` and without `hicache` is given the store's flags alone: the command line of a
+    deployment with HiCache on its prefill servers, to which the flag was added.
     `extra_flags` come last and win over the flags made here; `extra_env` likewise.
     """
 
@@ -120,6 +122,9 @@ def server_command(spec: ServerSpec, place: Place, store: Store | None, model: P
             "--hicache-storage-prefetch-policy", "wait_complete",
             *(store.flags if store else ()),
         ]  # fmt: skip
+    elif spec.kv_connector is not None and store is not None:
+        # What --kv-connector asks to be copied from the prefill server, and nothing that it turns on by itself.
+        command += [*store.flags, "--hicache-io-backend", "direct", "--hicache-mem-layout", "page_first_direct"]
     if spec.kv_connector is not None:
         command += ["--kv-connector", spec.kv_connector]
     return [*command, *spec.extra_flags]

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
 
+from benchmarks.testbed.client import Client
 from benchmarks.testbed.cluster import Cluster, ClusterSpec
+from benchmarks.testbed.errors import RequestError
 from benchmarks.testbed.model import identity_mla_model, small_identity_model
-from benchmarks.testbed.servers import dualpath_pair, stock_pair
+from benchmarks.testbed.servers import ServerSpec, stock_pair
 from benchmarks.testbed.store import StoreSpec
 from tests.e2e import policies
 from tests.e2e.cover import Model, Row
-from tests.e2e.prompts import Outputs, Prompts, ask_all, differences, make_prompts
+from tests.e2e.prompts import NEW_TOKENS, Outputs, Prompts, ask_all, differences, make_prompts
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MODELS: Mapping[Model, Callable[[Path], Path]] = {"gqa": small_identity_model, "mla": identity_mla_model}
@@ -45,6 +47,8 @@ class References:
         self._prompts = prompts
         self._model_path = model_path
         self._made: dict[Model, Outputs] = {}
+        self.samples: dict[Model, list[tuple[int, ...]] | None] = {}
+        """What two samples of one prompt gave, None if there was no answer."""
         self.self_differences: dict[Model, int] = {}
 
     def of(self, model: Model) -> Outputs:
@@ -60,7 +64,23 @@ class References:
                 again = ask_all(cluster, self._prompts)
                 self.self_differences[model] = len(differences(again, first))
                 self._made[model] = first
+                self.samples[model] = two_samples(cluster, self._prompts["length-700"])
         return self._made[model]
+
+
+def two_samples(cluster: Cluster, tokens: Sequence[int], wait_s: float = 6.0) -> list[tuple[int, ...]] | None:
+    """Greedy outputs of one request with ``n=2``, or None if none came in time; nothing of it is left then."""
+    sampling = {"temperature": 0.0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True, "n": 2}
+    impatient = Client(cluster.clients["router"].base_url, timeout_s=wait_s)
+    try:
+        answer = impatient.post("/generate", {"input_ids": list(tokens), "sampling_params": sampling})
+        return [tuple(sample["output_ids"]) for sample in answer.json()]
+    except RequestError:
+        for name in cluster.names:
+            cluster.clients[name].post("/abort_request", {"abort_all": True})
+        return None
+    finally:
+        impatient.close()
 
 
 def log_dir(name: str) -> Path:
@@ -103,7 +123,12 @@ def pair(
     }
     spec = ClusterSpec(
         model=model_path(row.model),
-        servers=dualpath_pair(**settings),
+        # Stock's command lines with HiCache on the prefill server, to which the flag was added and, on the decode server,
+        # the storage flags that it asks for.
+        servers=(
+            ServerSpec(role="prefill", kv_connector="dualpath", **settings),  # type: ignore[arg-type]
+            ServerSpec(role="decode", kv_connector="dualpath", hicache=False, **settings),  # type: ignore[arg-type]
+        ),
         store=StoreSpec(kind=row.store, capacity_bytes=STORE_BYTES),
         router=row.router,
     )
