@@ -2,6 +2,11 @@
 
 The weights are wide (standard deviation 0.3), so that the output of a model depends on all of its context: with the
 usual 0.02 a random model repeats one token whatever it reads, and a wrong KV page would not show.
+
+How surely it shows, as counted with the fp32 GQA model and random prompts of 3,000 tokens: another page of 64 tokens
+changed the first 12 generated tokens in 22 of 24 cases and the first 32 in 24 of 24; one other token changed the first
+32 in 17 of 24. A comparison of outputs should therefore generate 32 tokens, and it finds wrong pages, not single
+tokens.
 """
 
 from __future__ import annotations
@@ -25,9 +30,6 @@ VOCABULARY = 512
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_ID = 256
 INITIALIZER_RANGE = 0.3
-QUERY_NORM = 2.0
-"""Weight of Qwen3's query norm. With 1.0 the attention of 2 heads is so even that, in 3,000 tokens, one page of 64 could
-be replaced without an effect on 12 generated tokens; with 2.0 every page that was tried had one."""
 MAX_CONTEXT_TOKENS = 32_768
 MLA_ROPE_WIDTH = 64
 
@@ -79,9 +81,7 @@ def geometry_of(kind: Kind, dtype: torch.dtype, kv_bytes: int | None = None) -> 
     layers, rest = divmod(kv_bytes, geometry.layer_kv_bytes)
     if rest or layers < 1:
         raise ValueError(f"KV bytes must be a positive multiple of {geometry.layer_kv_bytes} here, got {kv_bytes}.")
-    return Geometry(
-        kind=kind, dtype=dtype, layers=layers, kv_heads=geometry.kv_heads, head_width=geometry.head_width
-    )
+    return Geometry(kind=kind, dtype=dtype, layers=layers, kv_heads=geometry.kv_heads, head_width=geometry.head_width)
 
 
 def _common_config(geometry: Geometry, hidden: int) -> dict[str, Any]:
@@ -205,7 +205,7 @@ def _weights(shapes: Shapes, dtype: torch.dtype, seed: int) -> dict[str, torch.T
     weights = {}
     for name, shape in shapes.items():
         if len(shape) == 1:  # a norm
-            weights[name] = torch.full(shape, QUERY_NORM if "q_norm" in name else 1.0, dtype=dtype)
+            weights[name] = torch.ones(shape, dtype=dtype)
         else:
             weights[name] = (torch.randn(shape, generator=generator) * INITIALIZER_RANGE).to(dtype)
     return weights
