@@ -72,6 +72,7 @@ class OfferDesk:
         self._target = Target(session=session, planes=tuple(Plane(*plane) for plane in pool.planes), slots=pool.slots)
         self._plane_bytes = tuple(plane.page_bytes for plane in pool.planes)
         self._gauges_s = 0.0
+        reads.asks_decode = self._planner.needs_decode
         reads.planner = self._plan
         reads.answer = self._answer
 

@@ -81,6 +81,8 @@ class PrefillReads:
         self.cancel: Callable[[PrefillRead, Iterable[Expired]], None] = lambda read, expired: None
         self.answer: Callable[[int, Room], None] = lambda number, room: None
         self._room_of: dict[Hashable, int] = {}
+        self.asks_decode = True
+        """The policy may give the decode engine a share."""
         self.silent_requests = 0
         """Requests in a row of which no decode engine spoke."""
         self._stopped = False
@@ -186,14 +188,14 @@ class PrefillReads:
     def _leave_if_stalled(self, read: PrefillRead, started_s: float) -> None:
         """Do not hold up later reads for pages that only a decode engine could bring, if it does not ask for them.
 
-        Called for the read that SGLang's thread waits for. One that has said nothing at all for a lease is taken for
-        frozen. One that lives may have older reads to serve, and gets as long as a silent one would.
+        Called for the read that SGLang's thread waits for. A peer that has said nothing at all for a lease is taken
+        for frozen. One that lives may have older reads to serve, which are over here, too, when this one's turn comes.
         """
         if read.decode is None or read.ledger.open_grants():
             return
         now = self.clock()
         heard_s = max(read.progress_s, self.heard_s.get(read.peer, 0.0)) if read.peer is not None else 0.0
-        patience_s = max(read.progress_s, started_s) + self.config.hello_silence_s
+        patience_s = max(read.progress_s + self.config.hello_silence_s, started_s + self.config.lease_s)
         if now >= min(heard_s + self.config.lease_s, patience_s):
             self.fallback("decode_silent", read)
             read.ledger.leave(read.decode, now_s=now)
@@ -216,7 +218,7 @@ class PrefillReads:
         """
         with self.lock:
             number = self._room_of.get(handle)
-            if number is None or reached >= possible:
+            if number is None or reached >= possible or not self.asks_decode:
                 return 0
             until = self.clock() + _HELLO_GRACE_S
             while (state := self.rooms.get(number)) is not None and state.hello is None and not state.alone:

@@ -17,17 +17,16 @@ import pytest
 
 from sglang_dualpath import metrics
 from sglang_dualpath.config import DualPathConfig
-from sglang_dualpath.errors import TransferError
 from sglang_dualpath.ledger import Reserve
 from sglang_dualpath.policy import load_policy
-from sglang_dualpath.protocol import Message
+from sglang_dualpath.protocol import Hello, Message
 from sglang_dualpath.reader.decode import DecodeRead, DecodeReads, Phase
 from sglang_dualpath.reader.hop import HopReader
 from sglang_dualpath.reader.offers import OfferDesk
 from sglang_dualpath.reader.own import OwnReaders
 from sglang_dualpath.reader.prefetch import Prefetch, ReadLimit
 from sglang_dualpath.reader.prefill import PrefillReads
-from sglang_dualpath.transfer import Descriptor
+from tests.reader.hop import Hop
 from tests.reader.host import PAGE_TOKENS, PLANE_BYTES, Slots, Storage, content
 from tests.reader.wire import Wire
 
@@ -50,64 +49,6 @@ def wait_for(condition: Callable[[], object], what: str = "condition", within_s:
 
 def prompt(name: str, pages: int) -> list[str]:
     return [f"{name}:{page}" for page in range(pages)]
-
-
-class Hop:
-    """A transport into watched pools: each write is checked when it happens. ``gate`` closed: pushes hang half done."""
-
-    drain_s = 0.0
-
-    def __init__(self, session: str, pool: Slots, sessions: dict[str, Slots]) -> None:
-        self.session = session
-        self.gate = threading.Event()
-        self.gate.set()
-        self.latency_s = 0.0
-        self.fault: Callable[[str], None] = lambda session: None
-        self.late_write_s: float | None = None
-        self.pushes = 0
-        self.in_flight = 0
-        self.written: set[tuple[str, int]] = set()
-        self.dead = False
-        self._pool = pool
-        self._sessions = sessions
-        sessions[session] = pool
-
-    def register(self, regions: Sequence[tuple[int, int]]) -> None:
-        pass
-
-    def push(self, session: str, descriptors: Sequence[Descriptor]) -> None:
-        self.in_flight += 1
-        self.pushes += 1
-        try:
-            if self.late_write_s is not None:
-                # A transfer engine that reports a time-out while its worker still has the data queued.
-                timer = threading.Timer(self.late_write_s, self._write, (session, descriptors))
-                timer.daemon = True
-                timer.start()
-                raise TransferError("timed out")
-            time.sleep(self.latency_s)
-            self.fault(session)
-            self._write(session, descriptors[: len(descriptors) // 2])
-            self.gate.wait(30)
-            if self.dead:
-                raise TransferError("dead")
-            self._write(session, descriptors[len(descriptors) // 2 :])
-        finally:
-            self.in_flight -= 1
-
-    def _write(self, session: str, descriptors: Sequence[Descriptor]) -> None:
-        target = self._sessions[session]
-        for one in descriptors:
-            plane, slot = target.find(one.destination)
-            from_plane, from_slot = self._pool.find(one.source)
-            assert plane == from_plane
-            for page in range(one.length // PLANE_BYTES[plane]):
-                data = self._pool.planes[plane][from_slot + page].numpy().tobytes()
-                target.write(slot + page, plane, data, f"push of {self.session}")
-                self.written.add((session, slot + page))
-
-    def close(self) -> None:
-        pass
 
 
 @dataclass(eq=False)
@@ -229,14 +170,20 @@ class PrefillEngine(Engine):
     reads: PrefillReads
 
     def __init__(
-        self, cluster: Cluster, name: str, *, slots: int, reserve: int, policy: str, config: DualPathConfig, readers: int
+        self,
+        cluster: Cluster,
+        name: str,
+        *,
+        slots: int,
+        reserve: int,
+        policy: str,
+        config: DualPathConfig,
+        readers: int,
     ) -> None:
         super().__init__(cluster, name, slots, config)
         self.reserve = Reserve(self.pool.alloc(reserve))
         self.reads = PrefillReads(config=config, pages=self.pool.pages, reserve=self.reserve)
-        self.desk = OfferDesk(
-            self.reads, policy=load_policy(policy), engine=name, session=name, send=self._send
-        )
+        self.desk = OfferDesk(self.reads, policy=load_policy(policy), engine=name, session=name, send=self._send)
         cluster.wire.join(name, lambda sender, message: self.desk.handle(sender.encode(), message), self._tick)
         self.own = OwnReaders(self.reads, count=readers, limit=ReadLimit(0))
         self.io = PrefetchThread(self.reads, self.pool, lambda job: None)
@@ -271,9 +218,7 @@ class DecodeEngine(Engine):
         super().__init__(cluster, name, slots, config)
         self.jobs: dict[int, Job] = {}
         self.requests: dict[int, tuple[list[str], int]] = {}
-        self.reads = DecodeReads(
-            config=config, pages=self.pool.pages, engine=name, rank=0, send=self._send
-        )
+        self.reads = DecodeReads(config=config, pages=self.pool.pages, engine=name, rank=0, send=self._send)
         cluster.wire.join(name, self.reads.handle, self._tick)
         self.carrier = HopReader(
             self.reads, self.hop, count=readers, limit=ReadLimit(0), pusher_idle_s=cluster.pusher_idle_s
@@ -318,7 +263,9 @@ class DecodeEngine(Engine):
             if read.ended is not None or offer is None or offer.storage_end_page <= match:
                 self.reads.without_prefetch(read)
                 continue
-            job = self.prefetch(match, hashes[match : offer.storage_end_page], offer.storage_end_page - match, read.room)
+            job = self.prefetch(
+                match, hashes[match : offer.storage_end_page], offer.storage_end_page - match, read.room
+            )
             job.read = read
             self.jobs[read.room] = job
             self.reads.submitted(read)
@@ -382,9 +329,7 @@ class Cluster:
         config: DualPathConfig = CONFIG,
         readers: int = 1,
     ) -> PrefillEngine:
-        engine = PrefillEngine(
-            self, name, slots=slots, reserve=reserve, policy=policy, config=config, readers=readers
-        )
+        engine = PrefillEngine(self, name, slots=slots, reserve=reserve, policy=policy, config=config, readers=readers)
         self.prefills.append(engine)
         return engine
 
@@ -434,6 +379,18 @@ def running(cluster: Cluster) -> Iterator[Cluster]:
     finally:
         cluster.close()
     wait_for(lambda: not (set(threading.enumerate()) - before), "threads ended", 5.0)
+
+
+def shared_read(
+    cluster: Cluster, *, policy: str = "decode", pages: int, held: int = 0, stored: int | None = None
+) -> tuple[PrefillEngine, DecodeEngine, Job]:
+    """One request that a decode engine has asked about before it reached prefill."""
+    prefill, decode = cluster.prefill(policy=policy), cluster.decode()
+    hashes = prompt("a", pages)
+    cluster.storage.put(hashes[:stored])
+    decode.request(1, hashes, prefill.name, held=held)
+    wait_for(lambda: cluster.wire.sent(Hello))
+    return prefill, decode, prefill.request(1, hashes, stored=stored)
 
 
 __all__ = ["BATCH_PAGES", "CONFIG", "Cluster", "PAGE_BYTES", "PAGE_TOKENS", "Phase", "prompt", "running", "wait_for"]

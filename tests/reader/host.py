@@ -41,7 +41,9 @@ class Slots:
     def get_page_buffer_meta(self, indices: torch.Tensor) -> tuple[list[int], list[int]]:
         slots = [int(index) // PAGE_TOKENS for index in indices[::PAGE_TOKENS]]
         addresses = [
-            plane.data_ptr() + slot * size for slot in slots for plane, size in zip(self.planes, PLANE_BYTES, strict=True)
+            plane.data_ptr() + slot * size
+            for slot in slots
+            for plane, size in zip(self.planes, PLANE_BYTES, strict=True)
         ]
         return addresses, list(PLANE_BYTES) * len(slots)
 

@@ -345,3 +345,26 @@ def test_the_decode_engine_asks_for_no_more_than_its_bounds(cluster: Cluster) ->
     assert len(grants) == len(words) == len({word.claim_id for word in words})
     decode.settle(1)
     cluster.check()
+
+
+def test_pages_in_decode_memory_lengthen_a_hit(cluster: Cluster) -> None:
+    prefill, decode = cluster.prefill(), cluster.decode()
+    prefill.reads.arrived(1, "handle")
+    assert prefill.reads.held_pages("other", 3, 9) == 0
+    assert prefill.reads.held_pages("handle", 9, 9) == 0
+    assert prefill.reads.held_pages("handle", 3, 9) == 0  # no HELLO within the moment that is waited
+    decode.request(1, prompt("a", 8), prefill.name, held=8)
+    assert prefill.reads.held_pages("handle", 3, 9) in (0, 8)
+    wait_for(lambda: cluster.wire.sent(Hello))
+    wait_for(lambda: prefill.reads.held_pages("handle", 3, 9) == 8)
+    prefill.reads.gone("handle")
+    decode.settle(1)
+    cluster.check()
+
+
+def test_a_policy_that_never_asks_decode_waits_for_no_hello(cluster: Cluster) -> None:
+    prefill = cluster.prefill(policy="prefill")
+    prefill.reads.arrived(1, "handle")
+    started = prefill.reads.clock()
+    assert prefill.reads.held_pages("handle", 3, 9) == 0
+    assert prefill.reads.clock() - started < 0.03

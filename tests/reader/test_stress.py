@@ -130,5 +130,3 @@ def test_rooms_are_bounded(cluster: Cluster) -> None:
         prefill.reads.arrived(room, f"handle-{room}")
     assert len(prefill.reads.rooms) <= 4096
     assert len(prefill.reads._room_of) == len(prefill.reads.rooms)
-
-

@@ -1,4 +1,4 @@
-"""The control connections of one test, in process: messages can be slow, lost, doubled, and held while one is frozen."""
+"""The control connections of one test, in process: messages can be slow, lost, doubled, or held in a frozen end."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Handler = Callable[[str, Message], None]
 
 
 class Wire:
-    """Delivers messages between named ends on one thread. In order for each pair of ends, unless ``jitter_s`` is set."""
+    """Delivers messages between named ends on one thread, in order unless ``jitter_s`` is set."""
 
     def __init__(self) -> None:
         self.delay_s = 0.0
