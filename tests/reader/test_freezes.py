@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 
-from sglang_dualpath.protocol import Grant, Hello
+import msgspec
+
+from sglang_dualpath.protocol import Done, Grant, Hello
 from tests.reader.cluster import CONFIG, Cluster, prompt, shared_read, wait_for
 
 PAGES = 40
