@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,6 +68,14 @@ def server_environment() -> dict[str, str]:
     }
 
 
+Request = dict[str, Any]
+"""A scenario, its arguments, what is on top of its environment, and how long it may take."""
+
+
+def request(scenario: str, *args: Any, env: Mapping[str, str] | None = None, limit_s: float = CASE_S) -> Request:
+    return {"scenario": scenario, "args": args, "env": dict(env or {}), "limit_s": limit_s}
+
+
 class ForkServer:
     """One preloaded process. `run` may be called from one thread at a time."""
 
@@ -85,21 +94,28 @@ class ForkServer:
         self._ask(None, START_S)
 
     def run(self, scenario: str, *args: Any, env: Mapping[str, str] | None = None, limit_s: float = CASE_S) -> Outcome:
-        """Call `tests.compat.scenarios.<scenario>(*args)` in a new process whose environment has `env` on top.
+        """Call `tests.compat.scenarios.<scenario>(*args)` in a new process whose environment has `env` on top."""
+        return self.run_all([request(scenario, *args, env=env, limit_s=limit_s)])[0]
+
+    def run_all(self, requests: Sequence[Request]) -> list[Outcome]:
+        """Run several, each in a process of its own, as many at a time as there are cores.
 
         The same question is asked once: every process starts from the same state.
         """
-        request = json.dumps({"scenario": scenario, "args": args, "env": dict(env or {}), "limit_s": limit_s})
-        if request not in self._known:
-            self._known[request] = Outcome(**json.loads(self._ask(request, limit_s + 10)))
-        return self._known[request]
+        keys = [json.dumps(one) for one in requests]
+        unknown = [one for one, key in zip(requests, keys, strict=True) if key not in self._known]
+        if unknown:
+            answer = json.loads(self._ask(json.dumps(unknown), 10 + sum(one["limit_s"] for one in unknown)))
+            for one, outcome in zip(unknown, answer, strict=True):
+                self._known[json.dumps(one)] = Outcome(*outcome)
+        return [self._known[key] for key in keys]
 
-    def _ask(self, request: str | None, limit_s: float) -> str:
+    def _ask(self, question: str | None, limit_s: float) -> str:
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None
         assert stdout is not None
-        if request is not None:
-            stdin.write(request.encode() + b"\n")
+        if question is not None:
+            stdin.write(question.encode() + b"\n")
             stdin.flush()
         ready, _, _ = select.select([stdout], [], [], limit_s)
         line = stdout.readline() if ready else b""
@@ -141,45 +157,60 @@ def main() -> None:
     gc.freeze()
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
-        print(json.dumps(fork(json.loads(line))._asdict()), file=answers, flush=True)
+        print(json.dumps(fork_all(json.loads(line))), file=answers, flush=True)
 
 
-def fork(request: Mapping[str, Any]) -> Outcome:
-    """Run one scenario in a copy of this process."""
-    with tempfile.TemporaryDirectory() as directory:
-        files = {name: Path(directory, name) for name in ("stdout", "stderr", "report")}
-        pid = os.fork()
-        if pid == 0:
-            _become(request, files)
-        code = _wait(pid, request["limit_s"])
-        text = {name: path.read_text() if path.exists() else "" for name, path in files.items()}
+def fork_all(requests: Sequence[Request]) -> list[Outcome]:
+    """Run each scenario in a copy of this process of its own, as many at a time as there are cores."""
+    waiting, running, outcomes = deque(enumerate(requests)), dict[int, _Case](), dict[int, Outcome]()
+    while waiting or running:
+        while waiting and len(running) < (os.cpu_count() or 1):
+            number, one = waiting.popleft()
+            running[number] = _Case(one)
+        for number, case in list(running.items()):
+            outcome = case.outcome()
+            if outcome is not None:
+                outcomes[number] = outcome
+                del running[number]
+        time.sleep(0.002)
+    return [outcomes[number] for number in range(len(requests))]
+
+
+class _Case:
+    """A running child."""
+
+    def __init__(self, one: Request) -> None:
+        self._directory = tempfile.TemporaryDirectory()
+        self._files = {name: Path(self._directory.name, name) for name in ("stdout", "stderr", "report")}
+        self._deadline = time.monotonic() + one["limit_s"]
+        self._pid = os.fork()
+        if self._pid == 0:
+            _become(one, self._files)
+
+    def outcome(self) -> Outcome | None:
+        """None while it runs. One that takes too long is killed, so its code is that of the signal."""
+        if time.monotonic() > self._deadline:
+            os.kill(self._pid, signal.SIGKILL)
+        done, status = os.waitpid(self._pid, os.WNOHANG)
+        if not done:
+            return None
+        text = {name: path.read_text() if path.exists() else "" for name, path in self._files.items()}
+        self._directory.cleanup()
         report = json.loads(text["report"]) if text["report"] else None
-        return Outcome(code, text["stdout"], text["stderr"], report)
+        return Outcome(os.waitstatus_to_exitcode(status), text["stdout"], text["stderr"], report)
 
 
-def _wait(pid: int, limit_s: float) -> int:
-    """Exit code of a child; negative: a signal, ours if it takes too long."""
-    deadline = time.monotonic() + limit_s
-    while time.monotonic() < deadline:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.01)
-    os.kill(pid, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def _become(request: Mapping[str, Any], files: Mapping[str, Path]) -> None:
+def _become(one: Request, files: Mapping[str, Path]) -> None:
     """In the child: run the scenario and exit as the interpreter would."""
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(files[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    os.environ.update(request["env"], TEST_REPORT=str(files["report"]))
+    os.environ.update(one["env"], TEST_REPORT=str(files["report"]))
     code = 0
     try:
         scenarios = importlib.import_module("tests.compat.scenarios")
-        scenario: Callable[..., Any] = getattr(scenarios, request["scenario"])
-        arguments: Sequence[Any] = request["args"]
+        scenario: Callable[..., Any] = getattr(scenarios, one["scenario"])
+        arguments: Sequence[Any] = one["args"]
         report = scenario(*arguments)
         if report is not None:
             note(report)

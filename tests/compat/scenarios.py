@@ -5,8 +5,9 @@ Nothing of the package is imported before SGLang loads its plugins.
 
 from __future__ import annotations
 
-import gc
+import contextlib
 import importlib
+import io
 import os
 import runpy
 import sys
@@ -14,7 +15,7 @@ import types
 from pathlib import Path
 from typing import Any
 
-from tests.compat.forks import fork, note
+from tests.compat.forks import note
 
 
 def model(directory: str) -> str:
@@ -97,27 +98,29 @@ def config() -> dict[str, Any]:
     return dict(msgspec.to_builtins(read_config()))
 
 
-def without_each_seam() -> dict[str, Any]:
-    """What becomes of a process whose SGLang lacks one thing, for each thing that is relied on."""
-    from sglang_dualpath import plugin  # noqa: F401 (so that each copy has it)
+def without_each_seam() -> dict[str, tuple[int, str]]:
+    """How the plugin ends in a SGLang that lacks one thing, for each thing that is relied on: exit code, and stderr.
+
+    One after another in this process, which is put right in between: nothing is installed before all is checked. The
+    switch is in the environment.
+    """
+    import pytest
+
     from sglang_dualpath.compat.catalogue import SEAMS
-
-    gc.collect()
-    gc.freeze()
-    outcomes = {}
-    for seam in SEAMS:
-        where = [seam.path, seam.attribute, list(seam.parameters)]
-        outcomes[seam.name] = fork({"scenario": "without_seam", "args": where, "env": {}, "limit_s": 30})
-    return {name: [outcome.code, outcome.stdout, outcome.stderr, None] for name, outcome in outcomes.items()}
-
-
-def without_seam(path: str, attribute: str | None, parameters: list[str]) -> None:
-    """The plugin in a SGLang that lacks one thing. The switch is in the environment."""
     from sglang_dualpath.plugin import register
     from tests.compat.breaking import break_seam
 
-    break_seam(path, attribute, parameters)
-    register()
+    outcomes = {}
+    for seam in SEAMS:
+        stderr = io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(stderr):
+            break_seam(patch, seam.path, seam.attribute, seam.parameters)
+            try:
+                register()
+            except SystemExit as stop:
+                outcomes[seam.name] = (int(stop.code or 0), stderr.getvalue())
+    register()  # all is right again
+    return outcomes
 
 
 def undeclared() -> dict[str, list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ import pytest
 
 from sglang_dualpath.compat.stores import shared_devices
 from tests.compat.conftest import Argv
-from tests.compat.forks import ForkServer
+from tests.compat.forks import ForkServer, Outcome, request
 
 ONE_READER = "do not agree on a read yet"
 MORE_POOLS = "not read together with the KV pages"
@@ -140,14 +141,23 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_is_refused_in_one_sentence(forks: ForkServer, argv: Argv, case: Case) -> None:
-    outcome = forks.run("launch_server", argv(case.mode, *case.flags, storage=case.storage), env=dict(case.env))
-    sentence = outcome.sentence
-    assert outcome.report is None
+@pytest.fixture(scope="module")
+def refused(forks: ForkServer, argv: Argv) -> Mapping[str, Outcome]:
+    """Outcome of each case, by its name."""
+    requests = [
+        request("launch_server", argv(case.mode, *case.flags, storage=case.storage), env=dict(case.env))
+        for case in CASES.values()
+    ]
+    return dict(zip(CASES, forks.run_all(requests), strict=True))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_is_refused_in_one_sentence(refused: Mapping[str, Outcome], name: str) -> None:
+    sentence = refused[name].sentence
+    assert refused[name].report is None
     assert "--kv-connector dualpath" in sentence or sentence.startswith("--hicache-storage-backend-extra-config")
     assert sentence.endswith(".")
-    for words in case.says:
+    for words in CASES[name].says:
         assert words in sentence
 
 

@@ -28,7 +28,7 @@ def without(forks: ForkServer) -> Mapping[str, Outcome]:
     """Outcome of the plugin's start by the seam that SGLang lacks."""
     outcome = forks.run("without_each_seam", env=SWITCH, limit_s=110)
     assert outcome.code == 0, outcome.stderr
-    return {name: Outcome(*parts) for name, parts in outcome.report.items()}
+    return {name: Outcome(code, "", stderr, None) for name, (code, stderr) in outcome.report.items()}
 
 
 @pytest.mark.parametrize("seam", SEAMS, ids=lambda seam: seam.name)

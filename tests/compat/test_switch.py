@@ -60,6 +60,14 @@ def test_with_the_flag_every_hook_is_applied(forks: ForkServer, argv: Argv, shel
     assert outcome.report["arguments"]["radix_cache_backend"] == "'dualpath'"
 
 
+def test_help_lists_the_flags(forks: ForkServer) -> None:
+    outcome = forks.run("launch_server", ["--help"])
+    assert outcome.code == 0, outcome.stderr
+    assert "--kv-connector {dualpath}" in outcome.stdout
+    for flag in FLAGS:
+        assert flag.option in outcome.stdout
+
+
 def test_the_flag_may_come_from_a_config_file(forks: ForkServer, argv: Argv, tmp_path: Path) -> None:
     settings = tmp_path / "server.yaml"
     settings.write_text("kv-connector: dualpath\ndualpath-lease: 0.5\n")
