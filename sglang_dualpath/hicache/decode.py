@@ -47,6 +47,8 @@ class DecodePath:
         """Locks on what HELLO named, by room, until nothing of the read touches it."""
         self._kept: dict[Any, HostLock] = {}
         """Locks on what a read brought, by handle, until the request's restore holds its own."""
+        self._kept_rooms: dict[int, Any] = {}
+        """Handles of these locks by room: a request may leave when its read is over and forgotten."""
         self._opening = threading.Lock()
         self._stored: OrderedDict[str, None] = OrderedDict()
 
@@ -91,6 +93,9 @@ class DecodePath:
 
     def gone(self, room: int) -> None:
         """The request was aborted or failed before its restore."""
+        kept = self._kept_rooms.pop(room, None)
+        if kept is not None:
+            self.release_kept(kept)
         if room not in self._requests:
             return
         unsettled = self.reads.pending(room)
@@ -194,6 +199,7 @@ class DecodePath:
             node = self._match(req).last_host_node
             if not self._tree.is_root(node):
                 self._kept[handle] = self._lock(node)
+                self._kept_rooms[read.room] = handle
         self.reads.settled(read)
 
     # -- StoragePath, on the controller's threads --------------------------------------------------------------------
@@ -240,6 +246,7 @@ class DecodePath:
         self._by_handle.clear()
         self._held.clear()
         self._kept.clear()
+        self._kept_rooms.clear()
         self._stored.clear()
 
     # -- tree ----------------------------------------------------------------------------------------------------------

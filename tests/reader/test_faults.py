@@ -16,7 +16,7 @@ PAGES = 40
 
 @pytest.mark.parametrize("policy", ["decode", "split"])
 def test_a_storage_error_at_decode_is_made_good_by_prefill(cluster: Cluster, policy: str) -> None:
-    cluster.storage.latency_s = 0.005
+    cluster.storage.latency_s = 0.02
     failed: list[str] = []
 
     def fail_once(hashes: object) -> None:
@@ -151,6 +151,24 @@ def test_an_abort_at_decode_returns_at_once_and_its_pages_are_not_counted_on(clu
     assert job.result() == PAGES
     job.check()
     assert cluster.fallbacks("decode_claim_failed") == 0
+    cluster.check()
+
+
+def test_pages_that_an_abort_freed_do_not_count_when_their_push_ends(cluster: Cluster) -> None:
+    prefill, decode = cluster.prefill(policy="decode"), cluster.decode()
+    hashes = prompt("a", PAGES)
+    cluster.storage.put(hashes)
+    decode.hop.gate.clear()
+    decode.request(1, hashes, prefill.name)
+    wait_for(lambda: cluster.wire.sent(Hello))
+    job = prefill.request(1, hashes)
+    wait_for(lambda: 1 in decode.jobs and decode.jobs[1].completed)
+    # The first pages are acknowledged, and half of their push is done. Nobody but SGLang knows of the abort yet.
+    decode.jobs[1].abort()
+    decode.hop.gate.set()
+    assert job.result() == PAGES
+    job.check()
+    decode.reads.gone(1)
     cluster.check()
 
 
