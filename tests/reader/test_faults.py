@@ -114,6 +114,25 @@ def test_a_failed_push_whose_bytes_come_later_harms_nobody(cluster: Cluster) -> 
     cluster.check()
 
 
+def test_the_word_on_a_failed_push_does_not_free_its_slots_at_once(cluster: Cluster) -> None:
+    # A frozen prefill engine finds in its kernel both the word and bytes that its transfer engine has yet to copy.
+    prefill, decode = cluster.prefill(policy="decode"), cluster.decode()
+    hashes = prompt("a", 6)
+    cluster.storage.put(hashes)
+    decode.hop.late_write_s, decode.hop.drain_s = 0.7, 0.6
+    decode.request(1, hashes, prefill.name)
+    wait_for(lambda: cluster.wire.sent(Hello))
+    job = prefill.request(1, hashes)
+    assert job.result() == 6
+    exposed = prefill.reserve.exposed_slots()
+    assert exposed
+    wait_for(lambda: cluster.wire.sent(Fail))
+    wait_for(lambda: decode.hop.written, within_s=1.0)
+    assert {slot for _, slot in decode.hop.written} <= prefill.reserve.exposed_slots()
+    decode.settle(1)
+    cluster.check()
+
+
 @pytest.mark.parametrize("policy", ["split", "decode"])
 def test_an_abort_at_prefill_returns_at_once_and_frees_only_what_is_safe(cluster: Cluster, policy: str) -> None:
     cluster.storage.latency_s = 0.03
@@ -335,4 +354,25 @@ def test_every_answered_hello_is_closed_when_the_read_ends(cluster: Cluster) -> 
     assert not cluster.wire.sent(Settled)
     assert not cluster.wire.sent(Done)
     assert not cluster.wire.sent(Cancelled)
+    cluster.check()
+
+
+@pytest.mark.parametrize("side", ["prefill", "decode"])
+def test_an_abort_waits_for_the_storage_read_that_writes_into_its_pages(cluster: Cluster, side: str) -> None:
+    prefill, decode = cluster.prefill(policy=side), cluster.decode()
+    hashes = prompt("a", 6)
+    cluster.storage.put(hashes)
+    cluster.storage.gate.clear()
+    decode.request(1, hashes, prefill.name)
+    wait_for(lambda: cluster.wire.sent(Hello))
+    job = prefill.request(1, hashes)
+    wait_for(lambda: cluster.storage.in_flight)
+    mine = job if side == "prefill" else decode.jobs[1]
+    mine.abort()
+    assert not mine.done.wait(0.15)
+    cluster.storage.gate.set()
+    mine.result()
+    job.result()
+    job.check()
+    decode.abort(1)
     cluster.check()
