@@ -8,6 +8,10 @@ from tests.compat.conftest import Argv
 from tests.compat.forks import ForkServer
 from tests.compat.test_switch import OTHER_HOOKS
 
+# The first test of a run waits for the process that imports SGLang, on a machine that may be in use.
+pytestmark = pytest.mark.timeout(300)
+
+
 SWITCH = {"SGLANG_KV_CONNECTOR": "dualpath"}
 
 

@@ -13,6 +13,10 @@ from sglang_dualpath.compat.stores import shared_devices
 from tests.compat.conftest import Argv
 from tests.compat.forks import ForkServer, Outcome, request
 
+# The first test of a run waits for the process that imports SGLang, on a machine that may be in use.
+pytestmark = pytest.mark.timeout(300)
+
+
 ONE_READER = "do not agree on a read yet"
 MORE_POOLS = "not read together with the KV pages"
 

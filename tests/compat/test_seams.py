@@ -16,6 +16,10 @@ from sglang_dualpath.compat.seams import SUPPORTED_RELEASE, Seam, check
 from sglang_dualpath.errors import SeamError
 from tests.compat.forks import ForkServer, Outcome
 
+# The first test of a run waits for the process that imports SGLang, on a machine that may be in use.
+pytestmark = pytest.mark.timeout(300)
+
+
 PACKAGE = Path(sglang_dualpath.__file__).parent
 SWITCH = {"SGLANG_KV_CONNECTOR": "dualpath"}
 

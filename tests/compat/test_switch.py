@@ -12,6 +12,10 @@ from sglang_dualpath.config import FLAGS
 from tests.compat.conftest import Argv
 from tests.compat.forks import ForkServer
 
+# The first test of a run waits for the process that imports SGLang, on a machine that may be in use.
+pytestmark = pytest.mark.timeout(300)
+
+
 ENGINE = {"device": "cpu", "dtype": "float32", "page_size": 64, "hicache_storage_backend": "file"}
 FLAG_HOOKS = [
     "sglang.srt.server_args.ServerArgs.add_cli_args",
