@@ -114,7 +114,7 @@ class ClaimDesk:
         late = self._reads.late.get(key)
         if late is None or late.peer != peer:
             return False
-        if isinstance(message, Fail):
+        if isinstance(message, Fail) or late.release_s is not None:
             # The push failed. If this engine was frozen meanwhile, its kernel may hold bytes of it that its transfer
             # engine has yet to copy, just as it held this message.
             late.release_s = late.release_s or self._reads.clock() + self._reads.config.lease_s

@@ -30,8 +30,6 @@ class ClaimPump:
     def __init__(self, config: DualPathConfig) -> None:
         self._in_flight = config.claims_in_flight
         self._lease_s = config.lease_s
-        # One in the push, one for each reader, so that the pusher has the next when it ends.
-        self._busy = max(config.claims_in_flight, config.reader_threads) + 1
 
     def next_claims(self, reads: Mapping[int, DecodeRead], now_s: float) -> Iterator[DecodeRead]:
         """Reads that should send a claim, each as often as it should. The caller notes every claim before the next."""
@@ -55,16 +53,13 @@ class ClaimPump:
                 yield read
 
     def next_chunk(self, reads: Mapping[int, DecodeRead]) -> Chunk | None:
-        """The granted chunk to carry next; those in memory first. Chunks of an engine that takes no pushes wait."""
-        busy: Counter[str | None] = Counter()
-        for read in reads.values():
-            busy[read.endpoint] += len(read.busy)
+        """The granted chunk to carry next; those in memory first, as they only pass through the reader."""
         first: Chunk | None = None
         for read in reads.values():
-            if read.granted and busy[read.endpoint] < self._busy:
-                if any(chunk.grant.memory for chunk in read.granted):
-                    return next(chunk for chunk in read.granted if chunk.grant.memory)
-                first = first or read.granted[0]
+            for chunk in read.granted:
+                if chunk.grant.memory:
+                    return chunk
+                first = first or chunk
         return first
 
     def claim_pages(self, offer: Offer, rate: Rate, page_bytes: int) -> int:
@@ -73,8 +68,11 @@ class ClaimPump:
         A chunk waits for the one before it, is read and pushed, all within its lease; and where the readers meet, the
         faster one waits for the slower one's last chunk.
         """
-        bytes_per_s = rate.bytes_per_s or _FIRST_CHUNK_BYTES / (offer.lease_s * _LEASE_SHARE)
-        return max(1, min(offer.chunk_pages, int(bytes_per_s * offer.lease_s * _LEASE_SHARE / page_bytes)))
+        if rate.bytes_per_s is None:
+            size_bytes = float(_FIRST_CHUNK_BYTES)
+        else:
+            size_bytes = rate.bytes_per_s * offer.lease_s * _LEASE_SHARE
+        return max(1, min(offer.chunk_pages, int(size_bytes / page_bytes)))
 
 
 def _may_claim(read: DecodeRead, now_s: float) -> bool:

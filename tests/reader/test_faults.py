@@ -117,18 +117,18 @@ def test_a_failed_push_whose_bytes_come_later_harms_nobody(cluster: Cluster) -> 
 def test_the_word_on_a_failed_push_does_not_free_its_slots_at_once(cluster: Cluster) -> None:
     # A frozen prefill engine finds in its kernel both the word and bytes that its transfer engine has yet to copy.
     prefill, decode = cluster.prefill(policy="decode"), cluster.decode()
-    hashes = prompt("a", 6)
+    hashes = prompt("a", 3)
     cluster.storage.put(hashes)
     decode.hop.late_write_s, decode.hop.drain_s = 0.7, 0.6
     decode.request(1, hashes, prefill.name)
     wait_for(lambda: cluster.wire.sent(Hello))
     job = prefill.request(1, hashes)
-    assert job.result() == 6
+    assert job.result() == 3
     exposed = prefill.reserve.exposed_slots()
     assert exposed
     wait_for(lambda: cluster.wire.sent(Fail))
-    wait_for(lambda: decode.hop.written, within_s=1.0)
-    assert {slot for _, slot in decode.hop.written} <= prefill.reserve.exposed_slots()
+    wait_for(lambda: decode.hop.in_flight == 0 and len(decode.hop.written) == 3)
+    assert {slot for _, slot in decode.hop.written} == exposed == prefill.reserve.exposed_slots()
     decode.settle(1)
     cluster.check()
 
