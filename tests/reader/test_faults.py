@@ -271,6 +271,8 @@ def test_clearing_the_decode_pools_ends_its_reads(cluster: Cluster) -> None:
     wait_for(lambda: decode.hop.pushes >= 3)
     decode.reads.abandon_all()
     assert not decode.reads.pending(1)
+    assert decode.reads.wait(decode.jobs[1].prefetch, 0, 1) == 0
+    assert all(theirs.prefetch.over for theirs in decode.jobs.values())
     assert job.result() == PAGES
     job.check()
     cluster.check()

@@ -6,7 +6,7 @@ import time
 
 import msgspec
 
-from sglang_dualpath.protocol import Done, Grant, Hello
+from sglang_dualpath.protocol import Done, Grant, Hello, Message
 from tests.reader.cluster import CONFIG, Cluster, prompt, shared_read, wait_for
 
 PAGES = 40
@@ -285,4 +285,31 @@ def test_a_push_that_outlives_its_lease_here_does_not_count_there(cluster: Clust
     assert job.result() == 6
     job.check()
     assert not cluster.wire.sent(Done)
+    cluster.check()
+
+
+def test_a_landing_after_the_lease_does_not_count_even_before_a_tick(cluster: Cluster) -> None:
+    config = msgspec.structs.replace(CONFIG, lease_s=1.0)
+    prefill, decode = cluster.prefill(policy="decode", config=config), cluster.decode(config=config)
+    hashes = prompt("a", 3)
+    cluster.storage.put(hashes)
+    decode.request(1, hashes, prefill.name)
+    wait_for(lambda: cluster.wire.sent(Hello))
+    tick = cluster.wire._ticks.pop(prefill.name)
+
+    def slow_down(sender: str, receiver: str, message: Message) -> bool:
+        if isinstance(message, Grant):
+            cluster.wire.delay_s = 0.6
+        return False
+
+    # In its lease where it was pushed, past it where it was granted.
+    cluster.wire.lose, decode.hop.latency_s = slow_down, 0.6
+    job = prefill.request(1, hashes)
+    wait_for(lambda: cluster.wire.sent(Done))
+    assert job.result() == 3
+    job.check()
+    assert cluster.counted('sglang_dualpath_claims_total{outcome="expired"}') == 1
+    assert cluster.counted("sglang_dualpath_received_bytes_total") == 0
+    cluster.wire._ticks[prefill.name] = tick
+    decode.settle(1)
     cluster.check()

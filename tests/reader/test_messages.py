@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,7 +28,7 @@ from sglang_dualpath.protocol import (
     Settled,
     Target,
 )
-from sglang_dualpath.reader.decode_read import DecodeRead
+from sglang_dualpath.reader.decode_read import Asked, DecodeRead
 from tests.reader.cluster import CONFIG, Cluster, DecodeEngine, prompt, running, wait_for
 
 PAGES = 40
@@ -233,6 +234,36 @@ def test_nothing_but_a_prefill_engine_of_ours_is_obeyed(cluster: Cluster) -> Non
     assert job.result() == 12
     decode.settle(1)
     assert decode.jobs[1].kept == 12
+    cluster.check()
+
+
+def test_pages_that_were_granted_are_not_read_again(cluster: Cluster) -> None:
+    prefill, decode = cluster.prefill(policy="decode"), cluster.decode()
+    hashes = prompt("a", 9)
+    cluster.storage.put(hashes)
+    first: list[Grant] = []
+
+    def note(sender: str, receiver: str, message: Message) -> bool:
+        if isinstance(message, Grant) and not first:
+            first.append(message)
+        return False
+
+    cluster.wire.lose = note
+    decode.hop.gate.clear()
+    decode.request(1, hashes, prefill.name)
+    wait_for(lambda: cluster.wire.sent(Hello))
+    job = prefill.request(1, hashes)
+    wait_for(lambda: first and decode.hop.in_flight)
+    read = decode.reads.reads[1]
+    with decode.reads.lock:
+        read.ended = None
+        read.requested[77] = Asked(decode.reads.clock(), False)
+        decode.reads.handle(prefill.name, msgspec.structs.replace(first[0], request_id=77, claim_id=10**9))
+    assert cluster.fallbacks("bad_grant") == 1
+    decode.hop.gate.set()
+    assert job.result() == 9
+    job.check()
+    decode.settle(1)
     cluster.check()
 
 
