@@ -146,7 +146,7 @@ class PrefillSide:
             if req is None:
                 # Admitted or aborted meanwhile: from here on upstream's own retries count.
                 del self._parked[handle]
-                self.reads.declined(handle, NoOfferReason.CLOSED)
+                self.path.declined(handle, NoOfferReason.CLOSED)
             elif now >= due and not controller.prefetch_rate_limited():
                 del self._parked[handle]
                 self._scheduler._prefetch_kvcache(req)

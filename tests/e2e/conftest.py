@@ -123,8 +123,8 @@ def pair(
     }
     spec = ClusterSpec(
         model=model_path(row.model),
-        # Stock's command lines with HiCache on the prefill server, to which the flag was added and, on the decode server,
-        # the storage flags that it asks for.
+        # Stock's command lines with HiCache on the prefill server, to which the flag was added and, on the decode
+        # server, the storage flags that it asks for.
         servers=(
             ServerSpec(role="prefill", kv_connector="dualpath", **settings),  # type: ignore[arg-type]
             ServerSpec(role="decode", kv_connector="dualpath", hicache=False, **settings),  # type: ignore[arg-type]
