@@ -185,7 +185,8 @@ FLAGS: tuple[Flag, ...] = (
         metavar="N",
         parse=_integer_between(1, 64),
         default_text="1",
-        help="Threads per engine that read from storage, with one storage client. More than one only with mooncake and file.",
+        help="Threads per engine that read from storage, with one storage client. More than one only with mooncake "
+        "and file.",
     ),
     Flag(
         name="read-rate-limit",
