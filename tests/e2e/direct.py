@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from benchmarks.testbed.client import greedy_payload
 from benchmarks.testbed.cluster import Cluster
+from benchmarks.testbed.errors import RequestError
 
 
 def ask_pair(
@@ -20,10 +23,11 @@ def ask_pair(
         "bootstrap_port": place.bootstrap_port,
         "bootstrap_room": random.getrandbits(62),
     }
-    with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(cluster.clients[prefill].post, "/generate", payload)
-        answer = pool.submit(cluster.clients[decode].generate, payload)
-        try:
-            return answer.result().output_ids
-        finally:
-            first.cancel()
+    # The prefill server's own answer is not waited for: without its decode server it comes minutes later.
+    threading.Thread(target=_post, args=(cluster, prefill, payload), daemon=True).start()
+    return cluster.clients[decode].generate(payload).output_ids
+
+
+def _post(cluster: Cluster, server: str, payload: dict[str, Any]) -> None:
+    with contextlib.suppress(RequestError):
+        cluster.clients[server].post("/generate", payload)
