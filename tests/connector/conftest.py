@@ -32,6 +32,7 @@ def serve() -> Iterator[Serve]:
     async def stop() -> None:
         for runner in runners:
             await runner.cleanup()
+        await asyncio.sleep(0.1)  # transports that were closed say so in the loop's next rounds
 
     def run(app: web.Application) -> str:
         return asyncio.run_coroutine_threadsafe(start(app), loop).result(10)

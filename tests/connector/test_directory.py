@@ -18,6 +18,9 @@ from sglang_dualpath.connector import directory
 from sglang_dualpath.connector.directory import EndpointLookup, add_routes, publish
 from tests.connector.conftest import Serve
 
+# A connection that was accepted while the test's own aiohttp server shut down is found by the garbage collector only.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 ROUTE = "/dualpath/engines"
 ENDPOINT = "tcp://10.0.0.1:7000"
 

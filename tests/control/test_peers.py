@@ -170,8 +170,11 @@ def test_a_peer_that_does_not_read_costs_a_bounded_queue_and_is_not_gone(ends: E
         deaf.connect(server.endpoint)
         deaf.send(b"")
         wait_for(lambda: prefill.errors[ControlErrorKind.MALFORMED])
+        limit_s = time.monotonic() + 20
         while not prefill.errors[ControlErrorKind.PEER_FULL]:
-            assert server.send(b"deaf", LARGE_GRANT)
+            assert time.monotonic() < limit_s
+            if not server.send(b"deaf", LARGE_GRANT):
+                time.sleep(0.01)  # this thread was faster than the control thread
         server.probe(b"deaf")
         time.sleep(0.3)
         assert not prefill.gone
