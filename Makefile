@@ -50,7 +50,7 @@ unit: $(STAMP)
 
 e2e: $(STAMP)
 	@mkdir -p out
-	$(BIN)/python -m pytest -m "e2e and not gpu" --durations=10 --junitxml=out/e2e.xml $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "e2e and not gpu" --durations=40 --junitxml=out/e2e.xml $(PYTEST_ARGS)
 
 test: lint unit e2e
 
