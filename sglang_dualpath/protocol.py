@@ -138,6 +138,7 @@ class Hello(_Message, frozen=True, tag=str.lower):
     held_end_page: Pages
     queued_read_bytes: Bytes = 0
     read_bytes_per_s: BytesPerSecond | None = None
+    hop_bytes_per_s: BytesPerSecond | None = None
 
 
 class Offer(_AttemptMessage, frozen=True, tag=str.lower):
@@ -227,6 +228,7 @@ class Done(_AttemptMessage, frozen=True, tag=str.lower):
     pushed_bytes: Bytes
     queued_read_bytes: Bytes = 0
     read_bytes_per_s: BytesPerSecond | None = None
+    hop_bytes_per_s: BytesPerSecond | None = None
 
 
 class Fail(_AttemptMessage, frozen=True, tag=str.lower):

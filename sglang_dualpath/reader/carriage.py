@@ -79,8 +79,10 @@ class Carriage:
             self._state.lock.notify_all()
         metrics.READ_BYTES.add(chunk.read_bytes, engine_role="decode", path="decode")
 
-    def pushed(self, chunk: Chunk, error: str | None, *, drain_s: float = 0.0) -> None:
-        """A chunk's push ended, or was not tried (``error``); bytes of a failed one may arrive for ``drain_s`` more.
+    def pushed(self, chunk: Chunk, error: str | None, *, took_s: float = 0.0, drain_s: float = 0.0) -> None:
+        """A chunk's push ended after ``took_s``, or was not tried (``error``).
+
+        Bytes of a failed one may arrive for ``drain_s`` more.
 
         The first word on a chunk is the last one: another call changes nothing.
         """
@@ -92,6 +94,8 @@ class Carriage:
             if error is None and chunk.good_pages:
                 error = self._why_it_does_not_count(chunk)
             if error is None:
+                if took_s > 0:
+                    self._state.hop_rate.add(chunk.good_pages * self._state.pages.page_bytes, took_s)
                 self._done(chunk)
             else:
                 self._failed(chunk, error, drain_s)
@@ -137,6 +141,7 @@ class Carriage:
                 pushed_bytes=size_bytes,
                 queued_read_bytes=self._state.queued_bytes(),
                 read_bytes_per_s=self._state.rate.bytes_per_s,
+                hop_bytes_per_s=self._state.hop_rate.bytes_per_s,
             ),
         )
 

@@ -241,6 +241,7 @@ class DecodeReads(DecodeState):
                     held_end_page=len(read.held_slots),
                     queued_read_bytes=self.queued_bytes(),
                     read_bytes_per_s=self.rate.bytes_per_s,
+                    hop_bytes_per_s=self.hop_rate.bytes_per_s,
                 ),
             )
 

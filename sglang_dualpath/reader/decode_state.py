@@ -39,6 +39,7 @@ class DecodeState:
         self.send = send
         self.clock = clock
         self.rate = Rate()
+        self.hop_rate = Rate()
         self.lock = threading.Condition()
         self.reads: OrderedDict[int, DecodeRead] = OrderedDict()
         self.in_hand: set[tuple[str | None, int]] = set()

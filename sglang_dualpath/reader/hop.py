@@ -126,6 +126,7 @@ class HopReader:
         if problem is not None:
             self._chunks.pushed(chunk, problem)
             return
+        started = time.monotonic()
         try:
             self._transport.push(session, descriptors)
         except TransferError as error:
@@ -135,7 +136,7 @@ class HopReader:
             problem = f"{type(fault).__name__} in the transfer engine"
             self._chunks.pushed(chunk, problem, drain_s=self._transport.drain_s)
         else:
-            self._chunks.pushed(chunk, None)
+            self._chunks.pushed(chunk, None, took_s=time.monotonic() - started)
 
     def _plan(self, chunk: Chunk) -> tuple[str | None, list[Descriptor]]:
         problem = self._chunks.refused_push(chunk)

@@ -31,6 +31,7 @@ class Planner:
             role=Role.DECODE,
             queued_read_bytes=load.queued_read_bytes,
             read_bytes_per_s=load.read_bytes_per_s,
+            hop_bytes_per_s=load.hop_bytes_per_s,
         )
 
     def forget(self, peer: bytes) -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from sglang_dualpath.protocol import Claim, Decline, Done, Grant, Hello, NoOffer, NoOfferReason, Offer
 from tests.reader.cluster import CONFIG, PAGE_BYTES, Cluster, prompt, wait_for
+from tests.reader.watching import Watching
 
 PAGES = 40
 
@@ -368,3 +369,21 @@ def test_a_policy_that_never_asks_decode_waits_for_no_hello(cluster: Cluster) ->
     started = prefill.reads.clock()
     assert prefill.reads.held_pages("handle", 3, 9) == 0
     assert prefill.reads.clock() - started < 0.03
+
+
+def test_a_policy_is_shown_the_measured_rates_of_the_decode_engine(cluster: Cluster) -> None:
+    Watching.views.clear()
+    prefill, decode = cluster.prefill(policy="tests.reader.watching:Watching"), cluster.decode()
+    cluster.storage.latency_s = 0.002
+    for room in (1, 2):
+        hashes = prompt(str(room), PAGES)
+        cluster.storage.put(hashes)
+        decode.request(room, hashes, prefill.name)
+        assert prefill.request(room, hashes).result() == PAGES
+        decode.settle(room)
+    first, second = Watching.views
+    assert first is not None and first.read_bytes_per_s is None and first.hop_bytes_per_s is None
+    assert second is not None and second.read_bytes_per_s
+    # Pages of the test engines are copied within one process: much faster than they are read.
+    assert second.hop_bytes_per_s is not None and second.hop_bytes_per_s > second.read_bytes_per_s
+    cluster.check()
