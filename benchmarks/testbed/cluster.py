@@ -6,8 +6,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -168,10 +168,11 @@ class Cluster:
         """All that a server (or "router") has logged so far."""
         return self.processes[name].log()
 
-    def restart(self, name: str) -> None:
-        """Start a server anew at the same place, ending the old one first if it lives."""
+    def restart(self, name: str, *, extra_env: Mapping[str, str] | None = None) -> None:
+        """Start a server anew at the same place, with `extra_env` this once, ending the old one first if it lives."""
         self._processes.stop(self.processes[name])
         spec = next(server for server in self.spec.servers if server.label == name)
+        spec = replace(spec, extra_env={**spec.extra_env, **(extra_env or {})})
         self._launch(spec, self.places[name])
         self._wait_for_servers([name])
 

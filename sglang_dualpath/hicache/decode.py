@@ -147,7 +147,7 @@ class DecodePath:
         if tree.has_ongoing_prefetch(read.handle):
             self.reads.submitted(read)
         else:
-            self.reads.parked(read, _PARK_S)
+            self.reads.parked(read, _PARK_S, "prefetch_rate_limited")
 
     # -- what the tree reports ---------------------------------------------------------------------------------------
 
@@ -186,7 +186,7 @@ class DecodePath:
         """There were no host pages for the prefetch."""
         read = self._by_handle.get(handle)
         if read is not None:
-            self.reads.parked(read, _PARK_S)
+            self.reads.parked(read, _PARK_S, "host_pool_full")
 
     def inserted(self, handle: Any) -> None:
         """What the prefetch brought is in the tree: hold it there until the restore, and let the request go on."""

@@ -28,7 +28,7 @@ class PrefillPath:
         self._page_tokens = reads.pages.page_tokens
         self._opening = threading.Lock()
         self._starts: dict[Any, int] = {}
-        self.park: Callable[[Any], None] = lambda handle: None
+        self.park: Callable[[Any, str], None] = lambda handle, reason: None
 
     # -- scheduler thread ----------------------------------------------------------------------------------------
 
@@ -122,7 +122,7 @@ class DualPathPrefillTree(UnifiedRadixCache):
             if len(new_input_tokens) < self.prefetch_threshold:
                 path.declined(request, NoOfferReason.BELOW_THRESHOLD)
             elif self.cache_controller.prefetch_rate_limited():
-                path.park(request)
+                path.park(request, "prefetch_rate_limited")
             else:
                 path.declined(request, NoOfferReason.NO_HITS)
         return answer
@@ -136,7 +136,7 @@ class DualPathPrefillTree(UnifiedRadixCache):
         operation = info.operation
         if operation.storage_hit_count >= self.prefetch_threshold and not operation.is_terminated():
             # There are hits but no host pages for them now.
-            path.park(request)
+            path.park(request, "host_pool_full")
         elif operation.storage_hit_count > 0:
             path.declined(request, NoOfferReason.BELOW_THRESHOLD)
         else:

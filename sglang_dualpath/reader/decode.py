@@ -108,12 +108,13 @@ class DecodeReads(DecodeState):
             if read.phase is Phase.OFFERED:
                 read.phase = Phase.SUBMITTED
 
-    def parked(self, read: DecodeRead, delay_s: float) -> None:
+    def parked(self, read: DecodeRead, delay_s: float, reason: str) -> None:
         """SGLang has no room for the prefetch now; :meth:`take_offers` names the read again after ``delay_s``."""
         with self.lock:
             if read.phase in (Phase.OFFERED, Phase.SUBMITTED):
                 read.phase = Phase.OFFERED
                 read.parked_until_s = self.clock() + delay_s
+                metrics.PARKED.add(engine_role="decode", reason=reason)
                 if read.ended is not None:
                     self.settle(read)
 

@@ -151,9 +151,9 @@ class PrefillSide:
                 del self._parked[handle]
                 self._scheduler._prefetch_kvcache(req)
 
-    def _park(self, handle: Any) -> None:
+    def _park(self, handle: Any, reason: str) -> None:
         if handle not in self._parked:
-            metrics.FALLBACKS.add(reason="prefetch_parked")
+            metrics.PARKED.add(engine_role="prefill", reason=reason)
         self._parked[handle] = self.reads.clock() + _PARK_S
 
 

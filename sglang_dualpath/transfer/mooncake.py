@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,9 +13,18 @@ from sglang_dualpath.transfer.base import Descriptor
 # this many, so the cap only guards against a badly fragmented host pool.
 _DESCRIPTORS_PER_CALL = 1024
 
-# Its workers may still have slices of a batch queued when it reports a time-out (30 s by default, MC_TRANSFER_TIMEOUT):
-# these end within such a time, too, and RDMA retransmissions or a TCP connection's last bytes sooner.
-_DRAIN_S = 60.0
+# Mooncake's own setting and default: a batch is reported as failed after it, whatever its workers still have queued.
+_TIMEOUT_ENV = "MC_TRANSFER_TIMEOUT"
+_DEFAULT_TIMEOUT_S = 30.0
+
+
+def _drain_s() -> float:
+    """Slices queued at a time-out end within another one; RDMA retransmissions or TCP's last bytes do so sooner."""
+    try:
+        timeout_s = float(os.environ.get(_TIMEOUT_ENV, _DEFAULT_TIMEOUT_S))
+    except ValueError:
+        timeout_s = _DEFAULT_TIMEOUT_S
+    return 2 * max(timeout_s, _DEFAULT_TIMEOUT_S)
 
 
 class MooncakeTransport:
@@ -25,9 +35,8 @@ class MooncakeTransport:
             ``batch_transfer_sync(session, sources, destinations, lengths)`` (negative on failure, GIL released).
     """
 
-    drain_s = _DRAIN_S
-
     def __init__(self, engine: Any) -> None:
+        self.drain_s = _drain_s()
         self._engine = engine
         self._registered: list[int] = []
 

@@ -277,7 +277,7 @@ def test_abort_in_the_middle_of_a_read_and_a_flush_after_it(faults: Faults) -> N
 
 
 def test_a_decode_engine_killed_in_its_read(faults: Faults) -> None:
-    """Last, as it takes a new decode server: the request fails as it would with stock, the prefill server goes on."""
+    """Takes a new decode server: the request fails as it would with stock, the prefill server goes on."""
     faults.set(prefill=SLOW, decode=SLOW)
     cluster = faults.cluster
     thread = threading.Timer(0.9, lambda: cluster.processes["decode"].signal(signal.SIGKILL))
@@ -290,4 +290,19 @@ def test_a_decode_engine_killed_in_its_read(faults: Faults) -> None:
     answer, _ = timed(faults, PROMPTS[2], decode="plain")
     assert answer == faults.expected[2]
     cluster.restart("decode")
-    assert ask_pair(cluster, PROMPTS[1]) == faults.expected[1]
+    with faults.counted() as seen:
+        assert ask_pair(cluster, PROMPTS[1]) == faults.expected[1]
+    assert seen[0].total("read_bytes_total", "decode") > 0
+
+
+def test_a_decode_server_of_another_version(faults: Faults, tmp_path: Path) -> None:
+    """Servers are upgraded one after the other: the two speak, find that they differ, and the request goes on."""
+    (tmp_path / "sitecustomize.py").write_text("import sglang_dualpath\nsglang_dualpath.__version__ = '0.0.0+other'\n")
+    faults.cluster.restart("decode", extra_env={"PYTHONPATH": f"{tmp_path}:{REPOSITORY}"})
+    with faults.counted() as seen:
+        answer, seconds = timed(faults, PROMPTS[3])
+    assert answer == faults.expected[3]
+    assert seconds < DEADLINE_S + 5
+    assert seen[0].total("fallbacks_total", "package_version") > 0
+    assert seen[0].total("read_bytes_total", "prefill") > 0
+    assert seen[0].total("read_bytes_total", "decode") == 0

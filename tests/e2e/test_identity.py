@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+import random
+from collections.abc import Callable
+from typing import TypeAlias
 
 import pytest
 
+from sglang_dualpath.config import DualPathConfig
 from tests.e2e.conftest import Pair, References, two_samples
 from tests.e2e.counters import count
 from tests.e2e.cover import Row, rows
-from tests.e2e.prompts import NEW_TOKENS, PAGE, Outputs, Prompts, ask, ask_all, differences
+from tests.e2e.prompts import NEW_TOKENS, PAGE, Outputs, Prompts, ask, ask_all, differences, storm
 
 pytestmark = [
     pytest.mark.e2e,
     pytest.mark.timeout(600),
     pytest.mark.parametrize("pair", rows(), ids=str, indirect=True),
 ]
+Record: TypeAlias = Callable[[str, object], None]
 POLICIES = ("prefill", "decode", "shorter_queue", "split")
 
 
@@ -142,19 +146,39 @@ def test_a_swapped_page_shows(split: Pair, prompts: Prompts, expected: Outputs) 
     assert ask(split.cluster, prompts[name]) == expected[name]
 
 
-def test_two_hundred_requests_at_once_end(split: Pair, prompts: Prompts, expected: Outputs) -> None:
-    """More than the pools hold: prefetches are parked and reissued, both engines read, and every output is right."""
-    names = [name for name in prompts if 250 < len(prompts[name]) < 1600]
-    work = [names[number % len(names)] for number in range(200)]
+def test_two_hundred_requests_at_once_end(
+    split: Pair, prompts: Prompts, expected: Outputs, references: References, record_property: Record
+) -> None:
+    """Many times what the pools hold: prefetches are parked, both engines read, all is right, nothing stands still."""
     split.cluster.flush()
     before = count(split.cluster)
-    with ThreadPoolExecutor(200) as pool:
-        answers = list(pool.map(lambda name: ask(split.cluster, prompts[name]), work))
-    wrong = [name for name, ids in zip(work, answers, strict=True) if ids != expected[name]]
-    assert wrong == []
+    ours, stock = storm(split.cluster, prompts, expected), references.storms[split.row.model]
+    record_property("stall_s", (ours.stall_s, stock.stall_s))
+    assert (ours.wrong, stock.wrong) == ([], [])
     seen = count(split.cluster).since(before)
     assert seen.total("read_bytes_total", "prefill") > 0
     assert seen.total("read_bytes_total", "decode") > 0
+    for role in ("prefill", "decode"):
+        assert seen.total("parked_total", server=role) > 0, f"the pools of the {role} server were large enough"
+    assert ours.stall_s <= stock.stall_s + DualPathConfig().lease_s
+
+
+def test_requests_with_nothing_to_load_wait_for_nothing(split: Pair) -> None:
+    """Whatever waits until a deadline counts a fallback: here nothing may, and decode engines get a word at once."""
+    cluster = split.cluster
+    cluster.flush()
+    source = random.Random(f"nothing-{split.row}")
+    fresh = source.choices(range(256), k=700)
+    before = count(cluster)
+    answer = ask(cluster, fresh)  # nothing is stored of it
+    assert ask(cluster, fresh) == answer  # all is in device memory
+    cluster.flush()
+    assert len(ask(cluster, fresh[:200])) == NEW_TOKENS  # what is stored of it is below SGLang's threshold
+    seen = count(cluster).since(before)
+    assert seen.total("fallbacks_total") == 0
+    assert seen.total("read_bytes_total") == 0
+    assert seen.total("offers_total", "none_no_hits") >= 1
+    assert seen.total("offers_total", "none_below_threshold") >= 1
 
 
 def test_all_read_bytes_are_hit_bytes(split: Pair, prompts: Prompts, expected: Outputs) -> None:

@@ -124,6 +124,14 @@ def test_mooncake_reports_a_failed_push_and_that_bytes_may_come_later() -> None:
     assert transport.drain_s > 30
 
 
+@pytest.mark.parametrize(("timeout", "drain_s"), [("300", 600.0), ("5", 60.0), ("soon", 60.0)])
+def test_mooncake_drains_as_long_as_its_own_timeout_asks(
+    monkeypatch: pytest.MonkeyPatch, timeout: str, drain_s: float
+) -> None:
+    monkeypatch.setenv("MC_TRANSFER_TIMEOUT", timeout)
+    assert MooncakeTransport(Engine()).drain_s == drain_s
+
+
 @given(
     st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20), st.integers(1, 3)), max_size=20).map(
         lambda items: [Descriptor(*item) for item in items]
