@@ -49,8 +49,8 @@ def small_identity_model(directory: Path) -> Path:
 
 
 def identity_mla_model(directory: Path) -> Path:
-    """An fp32 MLA model for tests of outputs."""
-    return _made(directory / "mla-float32", kind="mla", dtype="float32", layers=4, kv_heads=1, head_width=256)
+    """An fp32 MLA model for tests of outputs: 4 layers x (64 latent + 64 rotary) x 4 bytes = 2 KB a token."""
+    return _made(directory / "mla-float32-2k", kind="mla", dtype="float32", layers=4, kv_heads=1, head_width=128)
 
 
 def speed_model(directory: Path) -> Path:
