@@ -46,6 +46,7 @@ class ClusterSpec:
     store: StoreSpec | None = field(default_factory=StoreSpec)
     router: RouterKind | None = "gateway"
     network: NetworkSpec | None = None
+    request_timeout_s: float = 240.0
 
     def memory_bytes(self) -> dict[str, int]:
         """Expected memory by part, for a budget that is shown before anything starts."""
@@ -243,7 +244,7 @@ class Cluster:
         processes = [self.processes[name] for name in names]
         wait_until(all_ready, processes, what=f"{', '.join(names)} ready", deadline_s=_SERVER_DEADLINE_S)
         for name in names:
-            self.clients[name] = Client(self.places[name].url)
+            self.clients[name] = Client(self.places[name].url, timeout_s=self.spec.request_timeout_s)
 
     def _start_router(self, kind: RouterKind) -> None:
         port = self._ports.take()
@@ -260,7 +261,7 @@ class Cluster:
         url = f"http://127.0.0.1:{port}"
         probe = f"{url}/readiness" if kind == "gateway" else f"{url}/health"
         wait_until(lambda: http_ready(probe), [router], what="the router is ready", deadline_s=_ROUTER_DEADLINE_S)
-        self.clients["router"] = Client(url)
+        self.clients["router"] = Client(url, timeout_s=self.spec.request_timeout_s)
 
 
 def available_bytes() -> int:
