@@ -127,6 +127,7 @@ class DecodeNode:
         self.pool = Slots(64)
         self.tree = Tree(self.pool, host_pages)
         self.said: list[Message] = []
+        self.receivers: dict[str, object] = {}
         self.reads = DecodeReads(
             config=CONFIG,
             pages=self.pool.pages,
@@ -143,14 +144,22 @@ class DecodeNode:
 
     def accept(self, room: int, name: str = "request", pages: int = 8) -> DecodeRead:
         """The queue takes a request, and its prefill engine is found."""
-        read = self.path.accept(Request(room, name, list(range(pages * PAGE_TOKENS))))
+        self.receivers[name] = object()
+        request = Request(room, name, list(range(pages * PAGE_TOKENS)))
+        read = self.path.accept(request, self.receivers[name])
         assert read is not None
         self.reads.greet(read, PREFILL)
         return read
 
-    def leave(self, room: int) -> None:
+    def sample(self, room: int, name: str, pages: int = 8) -> None:
+        """Another sample of a request whose read goes on."""
+        self.receivers[name] = object()
+        request = Request(room, name, list(range(pages * PAGE_TOKENS)))
+        assert self.path.accept(request, self.receivers[name]) is None
+
+    def leave(self, room: int, name: str = "request") -> None:
         """SGLang clears the request's receiver."""
-        self.path.gone(room)
+        self.path.gone(room, self.receivers[name])
 
     def offer(self, room: int, pages: int = 8) -> Operation:
         """The prefill engine offers ``pages``; returns the prefetch that the scheduler starts for it."""

@@ -154,6 +154,73 @@ def test_a_request_that_leaves_while_its_read_goes_on_ends_its_prefetch() -> Non
     assert node.tree.locked == 0
 
 
+def test_what_comes_after_the_request_has_left_is_not_kept() -> None:
+    node = DecodeNode()
+    read = node.accept(ROOM)
+    operation = node.offer(ROOM)
+    # The prefill engine fell silent after the scheduler had taken the offer, and before it had started the prefetch.
+    read.phase = Phase.OFFERED
+    node.reads.clock = lambda: read.deadline_s
+    node.reads.tick(0.0)
+    assert not node.reads.pending(ROOM)
+    node.leave(ROOM)
+    node.end_transfer(operation, got=2)
+    assert node.tree.locked == 0, "nobody is left to release this"
+
+
+# -- samples of one request, which share its room ----------------------------------------------------------------------
+
+
+def test_a_sample_that_leaves_does_not_end_the_read_of_another() -> None:
+    node = DecodeNode()
+    read = node.accept(ROOM)
+    node.sample(ROOM, "sample")
+    operation = node.offer(ROOM)
+    node.path.allocated(operation)
+    node.leave(ROOM, "sample")
+    assert read.ended is None
+    assert node.reads.pending(ROOM)
+    assert not operation.terminated
+    node.serve(ROOM, 0, 2)
+    node.end_transfer(operation, got=2)
+    assert node.tree.locked == 1
+    node.leave(ROOM, "sample")
+    assert node.tree.locked == 1, "another sample released what the read of the first had brought"
+    node.leave(ROOM)
+    assert node.tree.locked == 0
+
+
+def test_samples_go_on_when_the_one_that_was_read_for_leaves() -> None:
+    node = DecodeNode()
+    node.accept(ROOM)
+    node.sample(ROOM, "sample")
+    operation = node.offer(ROOM)
+    node.path.allocated(operation)
+    node.leave(ROOM)
+    assert not node.reads.pending(ROOM)
+    node.end_transfer(operation, got=0)
+    node.path.tick()
+    node.leave(ROOM, "sample")
+    assert node.tree.locked == 0
+
+
+def test_a_second_read_of_a_room_does_not_hide_the_locks_of_the_first() -> None:
+    node = DecodeNode()
+    read_two_pages(node)
+    node.tree.ongoing.clear()
+    node.tree.host_pages = 0
+    node.accept(ROOM, "sample")
+    operation = node.offer(ROOM)
+    node.path.allocated(operation)
+    node.serve(ROOM, 0, 2)
+    node.end_transfer(operation, got=2)
+    node.path.tick()
+    assert node.tree.locked == 2
+    node.leave(ROOM)
+    node.leave(ROOM, "sample")
+    assert node.tree.locked == 0
+
+
 def test_a_flush_forgets_every_lock() -> None:
     node = DecodeNode()
     read_two_pages(node)
