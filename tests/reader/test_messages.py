@@ -354,7 +354,7 @@ def test_a_grant_outside_what_was_offered_never_pushes_a_byte(
 
     wait_for(word, "a last word")
     if honest(slots, first_page, memory, attempt) and request == "ours":
-        # Whether one that comes before the read was opened is served is a matter of who is first; what it may write is not.
+        # One that comes before the read was opened may be served or not; what it may write is settled.
         assert {slot for _, slot in decode.hop.written} <= set(slots)
     else:
         assert not isinstance(word()[0], Done)
