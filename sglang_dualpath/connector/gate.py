@@ -11,8 +11,11 @@ class Gate(Protocol):
     def pending(self, room: int) -> bool:
         """True while the bootstrap of ``room`` must wait."""
 
-    def gone(self, room: int) -> None:
-        """The receiver of ``room`` was cleared; a request whose read has not settled is gone. Scheduler thread."""
+    def gone(self, room: int, receiver: object) -> None:
+        """A ``receiver`` of ``room`` was cleared: its request is gone or has been sent all. Samples share a room.
+
+        Scheduler thread.
+        """
 
 
 class OpenGate:
@@ -21,5 +24,5 @@ class OpenGate:
     def pending(self, room: int) -> bool:
         return False
 
-    def gone(self, room: int) -> None:
+    def gone(self, room: int, receiver: object) -> None:
         return None

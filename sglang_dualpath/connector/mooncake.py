@@ -33,7 +33,7 @@ class DualPathMooncakeKVReceiver(MooncakeKVReceiver):
     def clear(self) -> None:
         super().clear()
         if self.bootstrap_room is not None:
-            self.kv_mgr.gate.gone(self.bootstrap_room)
+            self.kv_mgr.gate.gone(self.bootstrap_room, self)
 
 
 class DualPathMooncakeKVBootstrapServer(MooncakeKVBootstrapServer):

@@ -32,6 +32,13 @@ class HostLock(NamedTuple):
     receipt: Any
 
 
+class Request(NamedTuple):
+    """A request whose read this is, and its receiver, which no other sample in the same room has."""
+
+    req: Any
+    receiver: Any
+
+
 class DecodePath:
     """Between one decode engine's HiCache and its reads. Implements ``StoragePath``; scheduler thread unless said."""
 
@@ -40,21 +47,21 @@ class DecodePath:
         self._tree = tree
         self._controller = controller
         self._page_tokens = reads.pages.page_tokens
-        self._requests: dict[int, Any] = {}
-        """Requests by room, from acceptance to the end of their read."""
+        self._requests: dict[int, Request | None] = {}
+        """Requests by room, from acceptance to the end of their read; None once the request has left."""
         self._by_handle: dict[Any, DecodeRead] = {}
         self._held: dict[int, HostLock] = {}
         """Locks on what HELLO named, by room, until nothing of the read touches it."""
         self._kept: dict[Any, HostLock] = {}
         """Locks on what a read brought, by handle, until the request's restore holds its own."""
-        self._kept_rooms: dict[int, Any] = {}
-        """Handles of these locks by room: a request may leave when its read is over and forgotten."""
+        self._kept_handles: dict[Any, Any] = {}
+        """Handles of these locks by receiver: a request may leave when its read is over and forgotten."""
         self._opening = threading.Lock()
         self._stored: OrderedDict[str, None] = OrderedDict()
 
     # -- life of a request -------------------------------------------------------------------------------------------
 
-    def accept(self, req: Any) -> DecodeRead | None:
+    def accept(self, req: Any, receiver: Any) -> DecodeRead | None:
         """The decode queue took ``req``: match it without touching it, lock what is held, and start its read."""
         room = req.bootstrap_room
         if room in self._requests:
@@ -72,18 +79,18 @@ class DecodePath:
             held_slots=slots,
             held_hashes=hashes,
         )
-        self._requests[room] = req
+        self._requests[room] = Request(req, receiver)
         self._by_handle[req.cache_request_handle] = read
         return read
 
     def tick(self) -> None:
         """Start prefetches for offers that came, and release what ended reads held."""
         for read in self.reads.take_offers():
-            req = self._requests.get(read.room)
-            if req is None or read.ended is not None:
+            request = self._requests.get(read.room)
+            if request is None or read.ended is not None:
                 self.reads.without_prefetch(read)
             else:
-                self._start(read, req)
+                self._start(read, request.req)
         for read in self.reads.over():
             self._requests.pop(read.room, None)
             self._by_handle.pop(read.handle, None)
@@ -91,13 +98,16 @@ class DecodePath:
             if lock is not None:
                 self._unlock(lock)
 
-    def gone(self, room: int) -> None:
-        """The request was aborted or failed before its restore."""
-        kept = self._kept_rooms.pop(room, None)
+    def gone(self, room: int, receiver: Any) -> None:
+        """The request of ``receiver`` has left the queues. Only the one that a read was started for ends it."""
+        kept = self._kept_handles.pop(receiver, None)
         if kept is not None:
             self.release_kept(kept)
-        if room not in self._requests:
+        request = self._requests.get(room)
+        if request is None or request.receiver is not receiver:
             return
+        # Its room stays taken until its read is over.
+        self._requests[room] = None
         unsettled = self.reads.pending(room)
         read = self.reads.gone(room)
         if read is None:
@@ -105,7 +115,6 @@ class DecodePath:
         if unsettled:
             # Upstream's prealloc queue never does this for a request that it drops, and the prefetch would go on.
             self._tree.finish(read.handle, CacheRequestOutcome.ABORT)
-        self.release_kept(read.handle)
 
     def release_kept(self, handle: Any) -> None:
         """The request's restore holds its own lock, or there will be none."""
@@ -193,13 +202,13 @@ class DecodePath:
         read = self._by_handle.get(handle)
         if read is None:
             return
-        req = self._requests.get(read.room)
+        request = self._requests.get(read.room)
         self._tree.pop_prefetch_loaded_tokens(handle)
-        if req is not None and handle not in self._kept:
-            node = self._match(req).last_host_node
+        if request is not None and handle not in self._kept:
+            node = self._match(request.req).last_host_node
             if not self._tree.is_root(node):
                 self._kept[handle] = self._lock(node)
-                self._kept_rooms[read.room] = handle
+                self._kept_handles[request.receiver] = handle
         self.reads.settled(read)
 
     # -- StoragePath, on the controller's threads --------------------------------------------------------------------
@@ -246,7 +255,7 @@ class DecodePath:
         self._by_handle.clear()
         self._held.clear()
         self._kept.clear()
-        self._kept_rooms.clear()
+        self._kept_handles.clear()
         self._stored.clear()
 
     # -- tree ----------------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ class PrefillPath:
         self._page_tokens = reads.pages.page_tokens
         self._opening = threading.Lock()
         self._starts: dict[Any, int] = {}
+        """First pages of what is being submitted, for the hit query: it may run before SGLang has noted the start."""
         self.park: Callable[[Any, str], None] = lambda handle, reason: None
 
     # -- scheduler thread ----------------------------------------------------------------------------------------
@@ -57,7 +58,7 @@ class PrefillPath:
         hashes = operation.hash_value
         return Prefetch(
             handle=operation.handle,
-            first_page=self._starts.get(operation.handle, operation.storage_start // self._page_tokens),
+            first_page=operation.storage_start // self._page_tokens,
             stored_pages=min(len(hashes), getattr(operation, "dualpath_stored_pages", len(hashes))),
             hashes=hashes,
             host_indices=operation.host_indices,
@@ -113,7 +114,7 @@ class DualPathPrefillTree(UnifiedRadixCache):
         self, request: Any, last_host_node_id: Any, new_input_tokens: Any, *args: Any, **kwargs: Any
     ) -> bool | None:
         path = self._dualpath
-        if path is not None:
+        if path is not None and request not in self.ongoing_prefetch:
             path.starting(request, len(kwargs.get("matched_prefix_tokens") or ()))
         answer: bool | None = super().prefetch_from_storage(
             request, last_host_node_id, new_input_tokens, *args, **kwargs

@@ -94,10 +94,14 @@ class ClaimDesk:
         self._reads.lock.notify_all()
 
     def failed(self, peer: bytes, message: Fail | Cancelled) -> None:
-        if self._late_word(peer, message):
-            return
         read = self.open_read(peer, message.room, message.attempt)
-        if read is None or read.claims.pop(message.claim_id, None) is None:
+        if read is not None:
+            # After a freeze this word may come before the tick, and before the last bytes of the push: not into slots
+            # that are granted again.
+            self.expire(read, self._reads.clock())
+        if self._late_word(peer, message) or read is None:
+            return
+        if read.claims.pop(message.claim_id, None) is None:
             return
         now = self._reads.clock()
         read.ledger.fail(message.claim_id, now_s=now)

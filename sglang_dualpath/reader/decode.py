@@ -13,17 +13,14 @@ One lock guards it all; no I/O happens while it is held.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 
 from sglang_dualpath import __version__, metrics
-from sglang_dualpath.config import DualPathConfig
 from sglang_dualpath.protocol import PROTOCOL_VERSION, Bye, Decline, Hello, Message
 from sglang_dualpath.reader.carriage import Carriage, give_up
 from sglang_dualpath.reader.decode_messages import DecodeMessages
 from sglang_dualpath.reader.decode_read import Chunk, DecodeRead, Phase
 from sglang_dualpath.reader.decode_state import DecodeState
-from sglang_dualpath.reader.pool import HostPages
 from sglang_dualpath.reader.prefetch import Prefetch
 
 __all__ = ["Chunk", "DecodeRead", "DecodeReads", "Phase"]
@@ -34,25 +31,10 @@ _GAUGES_S = 1.0
 
 
 class DecodeReads(DecodeState):
-    """All reads of one decode engine.
+    """All reads of one decode engine."""
 
-    Args:
-        send: ``send(endpoint, message)``; thread-safe and never blocks.
-
-    ``on_silence`` is called, with the lock held, with the endpoint of a prefill engine that answers no more.
-    """
-
-    def __init__(
-        self,
-        *,
-        config: DualPathConfig,
-        pages: HostPages,
-        engine: str,
-        rank: int,
-        send: Callable[[str, Message], object],
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        super().__init__(config=config, pages=pages, engine=engine, rank=rank, send=send, clock=clock)
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self.carriage = Carriage(self)
         self._messages = DecodeMessages(self)
         self._by_prefetch: dict[int, DecodeRead] = {}

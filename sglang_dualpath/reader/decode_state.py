@@ -7,6 +7,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from sglang_dualpath import metrics
 from sglang_dualpath.config import DualPathConfig
@@ -19,37 +20,32 @@ from sglang_dualpath.reader.pump import ClaimPump
 logger = logging.getLogger(__name__)
 
 
+@dataclass(kw_only=True, eq=False)
 class DecodeState:
     """Reads by room, the claims in hand, and the one lock that guards them."""
 
-    def __init__(
-        self,
-        *,
-        config: DualPathConfig,
-        pages: HostPages,
-        engine: str,
-        rank: int,
-        send: Callable[[str, Message], object],
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.config = config
-        self.pages = pages
-        self.engine = engine
-        self.rank = rank
-        self.send = send
-        self.clock = clock
-        self.rate = Rate()
-        self.hop_rate = Rate()
-        self.lock = threading.Condition()
-        self.reads: OrderedDict[int, DecodeRead] = OrderedDict()
-        self.in_hand: set[tuple[str | None, int]] = set()
-        """Claims, by endpoint and claim id, whose last word this engine owes."""
-        self.on_silence: Callable[[str], None] = lambda endpoint: None
-        self.draining: list[tuple[float, str | None, Fail]] = []
-        """Last words that must wait until no byte of a failed push can arrive any more."""
-        self.claims = ClaimPump(config)
-        self.stopped = False
-        self._requests = 0
+    config: DualPathConfig
+    pages: HostPages
+    engine: str
+    rank: int
+    send: Callable[[str, Message], object]
+    """``send(endpoint, message)``; thread-safe and never blocks."""
+    clock: Callable[[], float] = time.monotonic
+    on_silence: Callable[[str], None] = lambda endpoint: None
+    """Called, with the lock held, with the endpoint of a prefill engine that answers no more."""
+    rate: Rate = field(default_factory=Rate)
+    hop_rate: Rate = field(default_factory=Rate)
+    lock: threading.Condition = field(default_factory=threading.Condition)
+    reads: OrderedDict[int, DecodeRead] = field(default_factory=OrderedDict)
+    in_hand: set[tuple[str | None, int]] = field(default_factory=set)
+    """Claims, by endpoint and claim id, whose last word this engine owes."""
+    draining: list[tuple[float, str | None, Fail]] = field(default_factory=list)
+    """Last words that must wait until no byte of a failed push can arrive any more."""
+    stopped: bool = False
+    _requests: int = 0
+
+    def __post_init__(self) -> None:
+        self.claims = ClaimPump(self.config)
 
     def say(self, read: DecodeRead, message: Message) -> None:
         if read.endpoint is not None:

@@ -364,6 +364,8 @@ class PrefillReads:
         if read.room is not None:
             state = self._room(read.room)
             if state.read is read:
+                # Rooms are remembered for long; a read has its prompt's hashes and host indices.
+                state.read = None
                 self._close_room(read.room, NoOfferReason.CLOSED)
         self.lock.notify_all()
 

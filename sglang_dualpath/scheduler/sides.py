@@ -204,10 +204,11 @@ class DecodeSide:
         queue = self._queue.queue
         if not queue or queue[-1].req is not req or queue[-1].is_rebootstrap:
             return
-        read = self.path.accept(req)
+        receiver = queue[-1].kv_receiver
+        read = self.path.accept(req, receiver)
         if read is not None:
             self._lookup.find(
-                queue[-1].kv_receiver.bootstrap_addr,
+                receiver.bootstrap_addr,
                 dp_rank=0,
                 tp_rank=0,
                 then=lambda endpoint: self.reads.greet(read, endpoint),
@@ -216,5 +217,5 @@ class DecodeSide:
     def pending(self, room: int) -> bool:
         return self.reads.pending(room)
 
-    def gone(self, room: int) -> None:
-        self.path.gone(room)
+    def gone(self, room: int, receiver: object) -> None:
+        self.path.gone(room, receiver)

@@ -30,14 +30,14 @@ class ScriptedGate:
     def __init__(self) -> None:
         self.waits = False
         self.asked: list[int] = []
-        self.dropped: list[int] = []
+        self.dropped: list[tuple[int, object]] = []
 
     def pending(self, room: int) -> bool:
         self.asked.append(room)
         return self.waits
 
-    def gone(self, room: int) -> None:
-        self.dropped.append(room)
+    def gone(self, room: int, receiver: object) -> None:
+        self.dropped.append((room, receiver))
 
 
 class StubManager:
@@ -147,7 +147,7 @@ def test_a_transfer_timeout_is_not_overridden(receiver: Any, manager: StubManage
 
 def test_a_cleared_receiver_tells_the_gate(receiver: Any, manager: StubManager, gate: ScriptedGate) -> None:
     receiver.clear()
-    assert gate.dropped == [ROOM]
+    assert gate.dropped == [(ROOM, receiver)]
     assert ROOM not in manager.request_status
 
 
@@ -155,7 +155,7 @@ def test_a_failed_request_tells_the_gate(receiver: Any, manager: StubManager, ga
     manager.update_status(ROOM, KVPoll.Failed)
     with pytest.raises(Exception, match="unknown reason"):
         receiver.failure_exception()
-    assert gate.dropped == [ROOM]
+    assert gate.dropped == [(ROOM, receiver)]
 
 
 def test_a_request_without_a_room_tells_nothing(manager: StubManager, gate: ScriptedGate) -> None:
@@ -168,7 +168,7 @@ def test_a_manager_without_a_read_path_holds_back_nothing() -> None:
     gate = DualPathMooncakeKVManager.gate
     assert isinstance(gate, OpenGate)
     assert gate.pending(ROOM) is False
-    gate.gone(ROOM)
+    gate.gone(ROOM, object())
 
 
 def test_each_class_stands_in_for_its_base() -> None:

@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import pytest
-
 from sglang_dualpath import metrics
 from sglang_dualpath.config import DualPathConfig
 from sglang_dualpath.ledger import Reserve
@@ -27,28 +25,15 @@ from sglang_dualpath.reader.own import OwnReaders
 from sglang_dualpath.reader.prefetch import Prefetch, ReadLimit
 from sglang_dualpath.reader.prefill import PrefillReads
 from tests.reader.hop import Hop
-from tests.reader.host import PAGE_TOKENS, PLANE_BYTES, Slots, Storage, content
+from tests.reader.host import PAGE_TOKENS, PLANE_BYTES, WAIT_S, Slots, Storage, content, prompt, wait_for
 from tests.reader.wire import Wire
 
 PAGE_BYTES = sum(PLANE_BYTES)
 BATCH_PAGES = 8
-WAIT_S = 15.0  # far above what a loaded machine needs; only failures wait that long
 
 CONFIG = DualPathConfig(
     chunk_bytes=3 * PAGE_BYTES, lease_s=0.3, hello_silence_s=0.9, read_deadline_s=8.0, claims_in_flight=2
 )
-
-
-def wait_for(condition: Callable[[], object], what: str = "condition", within_s: float = WAIT_S) -> None:
-    deadline_s = time.monotonic() + within_s
-    while not condition():
-        if time.monotonic() > deadline_s:
-            pytest.fail(f"{what} did not come true within {within_s} s")
-        time.sleep(0.002)
-
-
-def prompt(name: str, pages: int) -> list[str]:
-    return [f"{name}:{page}" for page in range(pages)]
 
 
 @dataclass(eq=False)
@@ -340,6 +325,19 @@ class Cluster:
         self.decodes.append(engine)
         return engine
 
+    def stored(self, name: str, pages: int) -> list[str]:
+        """The hashes of a prompt that is in storage."""
+        hashes = prompt(name, pages)
+        self.storage.put(hashes)
+        return hashes
+
+    def request(self, hashes: list[str], *, held: int = 0, first_page: int = 0, stored: int | None = None) -> Job:
+        """Room 1 on the first pair: the decode engine has asked about it before it reaches the prefill engine."""
+        prefill, decode = self.prefills[0], self.decodes[0]
+        decode.request(1, hashes, prefill.name, held=held)
+        wait_for(lambda: self.wire.sent(Hello))
+        return prefill.request(1, hashes, first_page=first_page, stored=stored)
+
     def counted(self, name: str) -> float:
         """How much a metric grew in this test."""
         return metrics.snapshot().get(name, 0.0) - self._counted.get(name, 0.0)
@@ -384,13 +382,11 @@ def running(cluster: Cluster) -> Iterator[Cluster]:
 def shared_read(
     cluster: Cluster, *, policy: str = "decode", pages: int, held: int = 0, stored: int | None = None
 ) -> tuple[PrefillEngine, DecodeEngine, Job]:
-    """One request that a decode engine has asked about before it reached prefill."""
+    """A pair of engines with one request on both."""
     prefill, decode = cluster.prefill(policy=policy), cluster.decode()
     hashes = prompt("a", pages)
     cluster.storage.put(hashes[:stored])
-    decode.request(1, hashes, prefill.name, held=held)
-    wait_for(lambda: cluster.wire.sent(Hello))
-    return prefill, decode, prefill.request(1, hashes, stored=stored)
+    return prefill, decode, cluster.request(hashes, held=held, stored=stored)
 
 
 __all__ = ["BATCH_PAGES", "CONFIG", "Cluster", "PAGE_BYTES", "PAGE_TOKENS", "Phase", "prompt", "running", "wait_for"]

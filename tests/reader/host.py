@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import pytest
 import torch
 
 from sglang_dualpath.reader.pool import HostPages
@@ -16,6 +17,19 @@ from sglang_dualpath.reader.pool import HostPages
 PAGE_TOKENS = 4
 PLANE_BYTES = (48, 16)
 GARBAGE = 0xEE
+WAIT_S = 15.0  # far above what a loaded machine needs; only failures wait that long
+
+
+def wait_for(condition: Callable[[], object], what: str = "condition", within_s: float = WAIT_S) -> None:
+    deadline_s = time.monotonic() + within_s
+    while not condition():
+        if time.monotonic() > deadline_s:
+            pytest.fail(f"{what} did not come true within {within_s} s")
+        time.sleep(0.002)
+
+
+def prompt(name: str, pages: int) -> list[str]:
+    return [f"{name}:{page}" for page in range(pages)]
 
 
 def content(page_hash: str) -> tuple[bytes, ...]:

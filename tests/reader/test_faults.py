@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from sglang_dualpath.errors import TransferError
-from sglang_dualpath.protocol import Cancelled, Done, Fail, Grant, Hello, NoOffer, Settled
+from sglang_dualpath.protocol import Cancelled, Done, Fail, Grant, NoOffer, Settled
 from tests.reader.cluster import CONFIG, Cluster, prompt, shared_read, wait_for
 
 PAGES = 40
@@ -35,9 +35,8 @@ def test_a_storage_error_at_decode_is_made_good_by_prefill(cluster: Cluster, pol
 
 
 def test_a_storage_error_at_prefill_is_made_good_by_decode(cluster: Cluster) -> None:
-    prefill, decode = cluster.prefill(policy="split"), cluster.decode()
-    hashes = prompt("a", PAGES)
-    cluster.storage.put(hashes)
+    _, decode = cluster.prefill(policy="split"), cluster.decode()
+    hashes = cluster.stored("a", PAGES)
     cluster.storage.latency_s = 0.005
     real = cluster.storage.read
 
@@ -47,9 +46,7 @@ def test_a_storage_error_at_prefill_is_made_good_by_decode(cluster: Cluster) -> 
         return real(hashes, pool, slots, writer)  # type: ignore[arg-type]
 
     cluster.storage.read = read  # type: ignore[assignment,method-assign]
-    decode.request(1, hashes, prefill.name)
-    wait_for(lambda: cluster.wire.sent(Hello))
-    job = prefill.request(1, hashes)
+    job = cluster.request(hashes)
     # What both could not bring is the end of what is kept; nothing before it is lost.
     job.result()
     job.check()
@@ -59,13 +56,10 @@ def test_a_storage_error_at_prefill_is_made_good_by_decode(cluster: Cluster) -> 
 
 
 def test_a_page_that_nobody_finds_ends_the_read_before_it(cluster: Cluster) -> None:
-    prefill, decode = cluster.prefill(policy="split"), cluster.decode()
-    hashes = prompt("a", PAGES)
-    cluster.storage.put(hashes)
+    _, decode = cluster.prefill(policy="split"), cluster.decode()
+    hashes = cluster.stored("a", PAGES)
     del cluster.storage.pages[hashes[21]]
-    decode.request(1, hashes, prefill.name)
-    wait_for(lambda: cluster.wire.sent(Hello))
-    job = prefill.request(1, hashes)
+    job = cluster.request(hashes)
     assert job.result() == 21
     job.check()
     decode.settle(1)
@@ -75,17 +69,14 @@ def test_a_page_that_nobody_finds_ends_the_read_before_it(cluster: Cluster) -> N
 
 
 def test_a_push_that_fails_is_read_by_prefill(cluster: Cluster) -> None:
-    prefill, decode = cluster.prefill(policy="decode"), cluster.decode()
-    hashes = prompt("a", PAGES)
-    cluster.storage.put(hashes)
+    _, decode = cluster.prefill(policy="decode"), cluster.decode()
+    hashes = cluster.stored("a", PAGES)
 
     def refuse(session: str) -> None:
         raise TransferError("link down")
 
     decode.hop.fault = refuse
-    decode.request(1, hashes, prefill.name)
-    wait_for(lambda: cluster.wire.sent(Hello))
-    job = prefill.request(1, hashes)
+    job = cluster.request(hashes)
     assert job.result() == PAGES
     job.check()
     decode.settle(1)
@@ -96,12 +87,9 @@ def test_a_push_that_fails_is_read_by_prefill(cluster: Cluster) -> None:
 
 def test_a_failed_push_whose_bytes_come_later_harms_nobody(cluster: Cluster) -> None:
     prefill, decode = cluster.prefill(policy="decode"), cluster.decode()
-    hashes = prompt("a", PAGES)
-    cluster.storage.put(hashes)
+    hashes = cluster.stored("a", PAGES)
     decode.hop.late_write_s, decode.hop.drain_s = 0.8, 1.2
-    decode.request(1, hashes, prefill.name)
-    wait_for(lambda: cluster.wire.sent(Hello))
-    job = prefill.request(1, hashes)
+    job = cluster.request(hashes)
     assert job.result() == PAGES
     job.check()
     decode.settle(1)
@@ -117,12 +105,9 @@ def test_a_failed_push_whose_bytes_come_later_harms_nobody(cluster: Cluster) -> 
 def test_the_word_on_a_failed_push_does_not_free_its_slots_at_once(cluster: Cluster) -> None:
     # A frozen prefill engine finds in its kernel both the word and bytes that its transfer engine has yet to copy.
     prefill, decode = cluster.prefill(policy="decode"), cluster.decode()
-    hashes = prompt("a", 3)
-    cluster.storage.put(hashes)
+    hashes = cluster.stored("a", 3)
     decode.hop.late_write_s, decode.hop.drain_s = 0.7, 0.6
-    decode.request(1, hashes, prefill.name)
-    wait_for(lambda: cluster.wire.sent(Hello))
-    job = prefill.request(1, hashes)
+    job = cluster.request(hashes)
     assert job.result() == 3
     exposed = prefill.reserve.exposed_slots()
     assert exposed
@@ -174,13 +159,10 @@ def test_an_abort_at_decode_returns_at_once_and_its_pages_are_not_counted_on(clu
 
 
 def test_pages_that_an_abort_freed_do_not_count_when_their_push_ends(cluster: Cluster) -> None:
-    prefill, decode = cluster.prefill(policy="decode"), cluster.decode()
-    hashes = prompt("a", PAGES)
-    cluster.storage.put(hashes)
+    _, decode = cluster.prefill(policy="decode"), cluster.decode()
+    hashes = cluster.stored("a", PAGES)
     decode.hop.gate.clear()
-    decode.request(1, hashes, prefill.name)
-    wait_for(lambda: cluster.wire.sent(Hello))
-    job = prefill.request(1, hashes)
+    job = cluster.request(hashes)
     wait_for(lambda: 1 in decode.jobs and decode.jobs[1].completed)
     # The first pages are acknowledged, and half of their push is done. Nobody but SGLang knows of the abort yet.
     decode.jobs[1].abort()
@@ -208,8 +190,7 @@ def test_aborts_on_both_sides_leak_nothing(cluster: Cluster) -> None:
 def test_a_read_ends_at_its_deadline_with_what_it_has(cluster: Cluster) -> None:
     config = msgspec.structs.replace(CONFIG, read_deadline_s=0.6)
     prefill = cluster.prefill(config=config, readers=2)
-    hashes = prompt("a", PAGES)
-    cluster.storage.put(hashes)
+    hashes = cluster.stored("a", PAGES)
     cluster.storage.latency_s = 0.2
     job = prefill.request(None, hashes)
     kept = job.result()
@@ -221,15 +202,12 @@ def test_a_read_ends_at_its_deadline_with_what_it_has(cluster: Cluster) -> None:
 
 
 def test_a_decode_read_ends_at_its_deadline(cluster: Cluster) -> None:
-    prefill = cluster.prefill(policy="decode")
+    cluster.prefill(policy="decode")
     decode = cluster.decode(config=msgspec.structs.replace(CONFIG, read_deadline_s=0.6))
-    hashes = prompt("a", PAGES)
-    cluster.storage.put(hashes)
+    hashes = cluster.stored("a", PAGES)
     cluster.storage.latency_s = 0.1
     started_s = time.monotonic()
-    decode.request(1, hashes, prefill.name)
-    wait_for(lambda: cluster.wire.sent(Hello))
-    job = prefill.request(1, hashes)
+    job = cluster.request(hashes)
     decode.settle(1)
     assert time.monotonic() - started_s < 1.5
     assert job.result() == PAGES
@@ -241,8 +219,7 @@ def test_a_decode_read_ends_at_its_deadline(cluster: Cluster) -> None:
 
 def test_clearing_the_pools_does_not_open_a_waiting_prefetch_again(cluster: Cluster) -> None:
     prefill = cluster.prefill()
-    hashes = prompt("a", 10)
-    cluster.storage.put(hashes)
+    hashes = cluster.stored("a", 10)
     cluster.storage.latency_s = 0.05
     first, second = prefill.request(None, hashes), prefill.request(None, hashes)
     prefill.reads.abandon_all()
@@ -342,8 +319,7 @@ def test_a_reader_thread_survives_what_it_did_not_expect(cluster: Cluster) -> No
 
     prefill.reads.next_own_claim = broken  # type: ignore[assignment,method-assign]
     wait_for(lambda: raised)
-    hashes = prompt("a", 5)
-    cluster.storage.put(hashes)
+    hashes = cluster.stored("a", 5)
     assert prefill.request(None, hashes).result() == 5
     cluster.check()
 
@@ -361,13 +337,10 @@ def test_every_answered_hello_is_closed_when_the_read_ends(cluster: Cluster) -> 
 
 @pytest.mark.parametrize("side", ["prefill", "decode"])
 def test_an_abort_waits_for_the_storage_read_that_writes_into_its_pages(cluster: Cluster, side: str) -> None:
-    prefill, decode = cluster.prefill(policy=side), cluster.decode()
-    hashes = prompt("a", 6)
-    cluster.storage.put(hashes)
+    _, decode = cluster.prefill(policy=side), cluster.decode()
+    hashes = cluster.stored("a", 6)
     cluster.storage.gate.clear()
-    decode.request(1, hashes, prefill.name)
-    wait_for(lambda: cluster.wire.sent(Hello))
-    job = prefill.request(1, hashes)
+    job = cluster.request(hashes)
     wait_for(lambda: cluster.storage.in_flight)
     mine = job if side == "prefill" else decode.jobs[1]
     mine.abort()

@@ -54,8 +54,7 @@ def test_quarantine_lasts_until_the_last_word(cluster: Cluster) -> None:
 
 def test_a_decode_engine_stuck_in_a_storage_read_costs_a_lease(cluster: Cluster) -> None:
     prefill, decode = cluster.prefill(policy="decode"), cluster.decode()
-    hashes = prompt("a", PAGES)
-    cluster.storage.put(hashes)
+    hashes = cluster.stored("a", PAGES)
     real = cluster.storage.read
 
     def read(hashes: list[str], pool: object, slots: object, writer: str) -> int:
@@ -107,8 +106,7 @@ def test_a_decode_engine_killed_with_open_claims_is_replaced_at_once(cluster: Cl
 def test_a_frozen_decode_engine_that_alone_holds_pages_costs_at_most_a_lease(cluster: Cluster) -> None:
     # The offer reaches an engine that never asks for anything.
     prefill, decode = cluster.prefill(), cluster.decode()
-    hashes = prompt("a", 24)
-    cluster.storage.put(hashes)
+    hashes = cluster.stored("a", 24)
     decode.request(1, hashes, prefill.name, held=24)
     wait_for(lambda: cluster.wire.sent(Hello))
     wait_for(lambda: prefill.reads.rooms.get(1) is not None)
@@ -127,8 +125,7 @@ def test_a_frozen_decode_engine_that_alone_holds_pages_costs_at_most_a_lease(clu
 
 def test_the_decode_policy_does_not_wait_for_a_frozen_engine(cluster: Cluster) -> None:
     prefill, decode = cluster.prefill(policy="decode"), cluster.decode()
-    hashes = prompt("a", 24)
-    cluster.storage.put(hashes)
+    hashes = cluster.stored("a", 24)
     decode.request(1, hashes, prefill.name)
     wait_for(lambda: prefill.reads.rooms.get(1) is not None)
     decode.freeze()
@@ -144,8 +141,7 @@ def test_a_frozen_prefill_engine_delays_reads_of_others_by_a_lease_at_most(clust
     frozen, well = (cluster.prefill(f"prefill-{number}", policy="decode") for number in (1, 2))
     # Long before it takes the frozen one for dead.
     decode = cluster.decode(config=msgspec.structs.replace(CONFIG, hello_silence_s=4.0))
-    hashes = prompt("a", 20)
-    cluster.storage.put(hashes)
+    hashes = cluster.stored("a", 20)
     for room in range(1, 7):
         decode.request(room, hashes, frozen.name)
     wait_for(lambda: len(cluster.wire.sent(Hello)) == 6)
@@ -169,8 +165,7 @@ def test_a_frozen_prefill_engine_delays_reads_of_others_by_a_lease_at_most(clust
 
 def test_a_push_that_hangs_does_not_stop_reads_of_other_prefill_engines(cluster: Cluster) -> None:
     stuck, well, decode = cluster.prefill("prefill-1"), cluster.prefill("prefill-2", policy="decode"), cluster.decode()
-    hashes = prompt("a", 30)
-    cluster.storage.put(hashes)
+    hashes = cluster.stored("a", 30)
 
     def hang(session: str) -> None:
         if session == stuck.name:
@@ -267,14 +262,11 @@ def test_a_prefill_engine_that_falls_silent_lets_decode_requests_go_on(cluster: 
 
 def test_a_push_that_outlives_its_lease_here_does_not_count_there(cluster: Cluster) -> None:
     # As if the prefill engine's clock had stood still: its lease goes on while this engine's pages are reused.
-    prefill = cluster.prefill(policy="decode", config=msgspec.structs.replace(CONFIG, lease_s=3.0))
+    cluster.prefill(policy="decode", config=msgspec.structs.replace(CONFIG, lease_s=3.0))
     decode = cluster.decode()
-    hashes = prompt("a", 6)
-    cluster.storage.put(hashes)
+    hashes = cluster.stored("a", 6)
     decode.hop.gate.clear()
-    decode.request(1, hashes, prefill.name)
-    wait_for(lambda: cluster.wire.sent(Hello))
-    job = prefill.request(1, hashes)
+    job = cluster.request(hashes)
     wait_for(lambda: decode.hop.in_flight)
     wait_for(lambda: 1 in decode.jobs and decode.jobs[1].done.is_set())
     theirs = decode.jobs[1]
@@ -291,8 +283,7 @@ def test_a_push_that_outlives_its_lease_here_does_not_count_there(cluster: Clust
 def test_a_landing_after_the_lease_does_not_count_even_before_a_tick(cluster: Cluster) -> None:
     config = msgspec.structs.replace(CONFIG, lease_s=1.0)
     prefill, decode = cluster.prefill(policy="decode", config=config), cluster.decode(config=config)
-    hashes = prompt("a", 3)
-    cluster.storage.put(hashes)
+    hashes = cluster.stored("a", 3)
     decode.request(1, hashes, prefill.name)
     wait_for(lambda: cluster.wire.sent(Hello))
     tick = cluster.wire._ticks.pop(prefill.name)

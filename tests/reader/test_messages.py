@@ -38,12 +38,9 @@ PREFILL = "prefill-1"
 @pytest.mark.parametrize("kind", [Hello, Offer, Claim, Grant, Refuse, Done, Settled, NoOffer, Queued])
 def test_every_message_may_come_twice(cluster: Cluster, kind: type[Message]) -> None:
     cluster.wire.double = lambda message: isinstance(message, kind)
-    prefill, decode = cluster.prefill(policy="decode"), cluster.decode()
-    hashes = prompt("a", PAGES)
-    cluster.storage.put(hashes)
-    decode.request(1, hashes, prefill.name, held=8)
-    wait_for(lambda: cluster.wire.sent(Hello))
-    job = prefill.request(1, hashes)
+    _, decode = cluster.prefill(policy="decode"), cluster.decode()
+    hashes = cluster.stored("a", PAGES)
+    job = cluster.request(hashes, held=8)
     assert job.result() == PAGES
     job.check()
     decode.settle(1)
@@ -63,8 +60,7 @@ def test_the_first_of_every_message_may_be_lost(cluster: Cluster, kind: type[Mes
 
     cluster.wire.lose = lose
     prefill, decode = cluster.prefill(policy="decode"), cluster.decode()
-    hashes = prompt("a", PAGES)
-    cluster.storage.put(hashes)
+    hashes = cluster.stored("a", PAGES)
     decode.request(1, hashes, prefill.name, held=8)
     wait_for(lambda: cluster.wire.sent(Hello))
     freezes = kind in (Cancel, Cancelled, Fail)
@@ -104,13 +100,10 @@ def test_messages_out_of_order_harm_nobody(cluster: Cluster) -> None:
 def test_a_grant_that_comes_twice_is_carried_once(cluster: Cluster) -> None:
     # The second must not be answered while the first is at work: its last word would free slots that are written to.
     cluster.wire.double = lambda message: isinstance(message, Grant)
-    prefill, decode = cluster.prefill(policy="decode"), cluster.decode()
-    hashes = prompt("a", 9)
-    cluster.storage.put(hashes)
+    _, decode = cluster.prefill(policy="decode"), cluster.decode()
+    hashes = cluster.stored("a", 9)
     decode.hop.gate.clear()
-    decode.request(1, hashes, prefill.name)
-    wait_for(lambda: cluster.wire.sent(Hello))
-    job = prefill.request(1, hashes)
+    job = cluster.request(hashes)
     wait_for(lambda: decode.hop.in_flight)
     assert not cluster.wire.sent(Fail)
     assert not cluster.wire.sent(Cancelled)
@@ -124,12 +117,9 @@ def test_a_grant_that_comes_twice_is_carried_once(cluster: Cluster) -> None:
 
 def test_a_cancel_is_not_answered_while_its_claim_is_at_work(cluster: Cluster) -> None:
     prefill, decode = cluster.prefill(policy="decode"), cluster.decode()
-    hashes = prompt("a", 9)
-    cluster.storage.put(hashes)
+    hashes = cluster.stored("a", 9)
     decode.hop.gate.clear()
-    decode.request(1, hashes, prefill.name)
-    wait_for(lambda: cluster.wire.sent(Hello))
-    job = prefill.request(1, hashes)
+    job = cluster.request(hashes)
     wait_for(lambda: decode.hop.in_flight)
     stuck = {chunk.grant.claim_id for chunk in decode.reads.reads[1].busy}
     assert job.result() == 9
@@ -145,11 +135,8 @@ def test_a_cancel_is_not_answered_while_its_claim_is_at_work(cluster: Cluster) -
 
 def test_cancels_are_asked_again_for_every_claim_and_without_a_flood(cluster: Cluster) -> None:
     prefill, decode = cluster.prefill(policy="decode"), cluster.decode()
-    hashes = prompt("a", PAGES)
-    cluster.storage.put(hashes)
-    decode.request(1, hashes, prefill.name)
-    wait_for(lambda: cluster.wire.sent(Hello))
-    job = prefill.request(1, hashes)
+    hashes = cluster.stored("a", PAGES)
+    job = cluster.request(hashes)
     wait_for(lambda: len(cluster.wire.sent(Grant)) >= 2)
     decode.freeze()
     job.result()
@@ -193,12 +180,9 @@ def test_a_lost_claim_is_asked_again_while_prefill_lives(cluster: Cluster) -> No
         return False
 
     cluster.wire.lose = lose
-    prefill, decode = cluster.prefill(policy="decode"), cluster.decode()
-    hashes = prompt("a", 12)
-    cluster.storage.put(hashes)
-    decode.request(1, hashes, prefill.name)
-    wait_for(lambda: cluster.wire.sent(Hello))
-    job = prefill.request(1, hashes)
+    _, decode = cluster.prefill(policy="decode"), cluster.decode()
+    hashes = cluster.stored("a", 12)
+    job = cluster.request(hashes)
     assert job.result() == 12
     job.check()
     decode.settle(1)
@@ -208,8 +192,7 @@ def test_a_lost_claim_is_asked_again_while_prefill_lives(cluster: Cluster) -> No
 def test_two_decode_engines_that_greet_for_one_room_are_both_answered(cluster: Cluster) -> None:
     prefill = cluster.prefill(policy="decode")
     decodes = [cluster.decode("decode-1"), cluster.decode("decode-2")]
-    hashes = prompt("a", 12)
-    cluster.storage.put(hashes)
+    hashes = cluster.stored("a", 12)
     for decode in decodes:
         decode.request(1, hashes, prefill.name)
     wait_for(lambda: len(cluster.wire.sent(Hello)) == 2)
@@ -223,8 +206,7 @@ def test_two_decode_engines_that_greet_for_one_room_are_both_answered(cluster: C
 
 def test_nothing_but_a_prefill_engine_of_ours_is_obeyed(cluster: Cluster) -> None:
     prefill, decode = cluster.prefill(policy="decode"), cluster.decode()
-    hashes = prompt("a", 12)
-    cluster.storage.put(hashes)
+    hashes = cluster.stored("a", 12)
     decode.request(1, hashes, prefill.name)
     wait_for(lambda: cluster.wire.sent(Hello))
     cluster.wire.join("stranger", lambda sender, message: None, lambda: None)
@@ -239,8 +221,7 @@ def test_nothing_but_a_prefill_engine_of_ours_is_obeyed(cluster: Cluster) -> Non
 
 def test_pages_that_were_granted_are_not_read_again(cluster: Cluster) -> None:
     prefill, decode = cluster.prefill(policy="decode"), cluster.decode()
-    hashes = prompt("a", 9)
-    cluster.storage.put(hashes)
+    hashes = cluster.stored("a", 9)
     first: list[Grant] = []
 
     def note(sender: str, receiver: str, message: Message) -> bool:
@@ -250,9 +231,7 @@ def test_pages_that_were_granted_are_not_read_again(cluster: Cluster) -> None:
 
     cluster.wire.lose = note
     decode.hop.gate.clear()
-    decode.request(1, hashes, prefill.name)
-    wait_for(lambda: cluster.wire.sent(Hello))
-    job = prefill.request(1, hashes)
+    job = cluster.request(hashes)
     wait_for(lambda: first and decode.hop.in_flight)
     read = decode.reads.reads[1]
     with decode.reads.lock:
@@ -354,7 +333,7 @@ def test_a_grant_outside_what_was_offered_never_pushes_a_byte(
 
     wait_for(word, "a last word")
     if honest(slots, first_page, memory, attempt) and request == "ours":
-        # Served or not, if it comes before the read was opened: that is a race. What it may write is none.
+        # One that comes before the read was opened may be served or not; what it may write is settled.
         assert {slot for _, slot in decode.hop.written} <= set(slots)
     else:
         assert not isinstance(word()[0], Done)

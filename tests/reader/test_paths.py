@@ -22,13 +22,10 @@ def decode_pages(cluster: Cluster) -> float:
 
 @pytest.mark.parametrize("policy", ["prefill", "decode", "shorter_queue", "split"])
 def test_every_policy_brings_every_page_once(cluster: Cluster, policy: str) -> None:
-    prefill, decode = cluster.prefill(policy=policy), cluster.decode()
-    hashes = prompt("a", PAGES)
-    cluster.storage.put(hashes)
+    _, decode = cluster.prefill(policy=policy), cluster.decode()
+    hashes = cluster.stored("a", PAGES)
     cluster.storage.latency_s = 0.005
-    decode.request(1, hashes, prefill.name)
-    wait_for(lambda: cluster.wire.sent(Hello))
-    job = prefill.request(1, hashes)
+    job = cluster.request(hashes)
     assert job.result() == PAGES
     job.check()
     decode.settle(1)
@@ -47,8 +44,7 @@ def test_every_policy_brings_every_page_once(cluster: Cluster, policy: str) -> N
 
 def test_the_decode_engine_keeps_the_prefix_that_it_read(cluster: Cluster) -> None:
     prefill, decode = cluster.prefill(), cluster.decode()
-    hashes = prompt("a", PAGES)
-    cluster.storage.put(hashes)
+    hashes = cluster.stored("a", PAGES)
     cluster.storage.latency_s = 0.005
     decode.request(1, hashes, prefill.name)
     assert prefill.request(1, hashes).result() == PAGES
@@ -62,8 +58,7 @@ def test_the_decode_engine_keeps_the_prefix_that_it_read(cluster: Cluster) -> No
 @pytest.mark.parametrize("hello_first", [True, False])
 def test_the_order_of_arrival_does_not_matter(cluster: Cluster, hello_first: bool) -> None:
     prefill, decode = cluster.prefill(policy="decode"), cluster.decode()
-    hashes = prompt("a", 12)
-    cluster.storage.put(hashes)
+    hashes = cluster.stored("a", 12)
     if hello_first:
         decode.request(1, hashes, prefill.name)
         wait_for(lambda: cluster.wire.sent(Hello))
@@ -79,12 +74,9 @@ def test_the_order_of_arrival_does_not_matter(cluster: Cluster, hello_first: boo
 
 
 def test_what_decode_holds_in_memory_is_not_read_from_storage(cluster: Cluster) -> None:
-    prefill, decode = cluster.prefill(), cluster.decode()
-    hashes = prompt("a", 20)
-    cluster.storage.put(hashes)
-    decode.request(1, hashes, prefill.name, held=20)
-    wait_for(lambda: cluster.wire.sent(Hello))
-    job = prefill.request(1, hashes)
+    _, decode = cluster.prefill(), cluster.decode()
+    hashes = cluster.stored("a", 20)
+    job = cluster.request(hashes, held=20)
     assert job.result() == 20
     job.check()
     decode.settle(1)
@@ -93,12 +85,10 @@ def test_what_decode_holds_in_memory_is_not_read_from_storage(cluster: Cluster) 
 
 
 def test_pages_that_are_in_memory_alone_come_over_the_hop(cluster: Cluster) -> None:
-    prefill, decode = cluster.prefill(), cluster.decode()
+    _, decode = cluster.prefill(), cluster.decode()
     hashes = prompt("a", 24)
     cluster.storage.put(hashes[:15])
-    decode.request(1, hashes, prefill.name, held=24)
-    wait_for(lambda: cluster.wire.sent(Hello))
-    job = prefill.request(1, hashes, stored=15)
+    job = cluster.request(hashes, held=24, stored=15)
     assert job.result() == 24
     job.check()
     decode.settle(1)
@@ -121,12 +111,9 @@ def test_a_memory_only_read_ends_by_itself_and_releases_what_it_held(cluster: Cl
 
 
 def test_the_suffix_is_read_while_the_prefix_in_memory_is_pushed(cluster: Cluster) -> None:
-    prefill, decode = cluster.prefill(policy="decode"), cluster.decode()
-    hashes = prompt("a", 30)
-    cluster.storage.put(hashes)
-    decode.request(1, hashes, prefill.name, held=13)
-    wait_for(lambda: cluster.wire.sent(Hello))
-    job = prefill.request(1, hashes, first_page=4)
+    _, decode = cluster.prefill(policy="decode"), cluster.decode()
+    hashes = cluster.stored("a", 30)
+    job = cluster.request(hashes, held=13, first_page=4)
     assert job.result() == 26
     job.check()
     decode.settle(1)
@@ -138,12 +125,9 @@ def test_the_suffix_is_read_while_the_prefix_in_memory_is_pushed(cluster: Cluste
 
 
 def test_a_decode_engine_that_has_less_declines(cluster: Cluster) -> None:
-    prefill, decode = cluster.prefill(), cluster.decode()
-    hashes = prompt("a", 20)
-    cluster.storage.put(hashes)
-    decode.request(1, hashes, prefill.name, held=3)
-    wait_for(lambda: cluster.wire.sent(Hello))
-    job = prefill.request(1, hashes, first_page=6)
+    _, decode = cluster.prefill(), cluster.decode()
+    hashes = cluster.stored("a", 20)
+    job = cluster.request(hashes, held=3, first_page=6)
     assert job.result() == 14
     job.check()
     decode.settle(1)
@@ -153,8 +137,7 @@ def test_a_decode_engine_that_has_less_declines(cluster: Cluster) -> None:
 
 def test_pages_in_decode_device_memory_alone_are_not_offered(cluster: Cluster) -> None:
     prefill, decode = cluster.prefill(), cluster.decode()
-    hashes = prompt("a", 20)
-    cluster.storage.put(hashes)
+    hashes = cluster.stored("a", 20)
     decode.request(1, hashes, prefill.name, held=2, match=10)
     wait_for(lambda: cluster.wire.sent(Hello))
     job = prefill.request(1, hashes)
@@ -181,8 +164,7 @@ def test_a_different_prompt_behind_the_same_room_is_declined(cluster: Cluster) -
 
 def test_another_package_version_gets_no_offer_and_costs_no_wait(cluster: Cluster) -> None:
     prefill, decode = cluster.prefill(policy="decode"), cluster.decode()
-    hashes = prompt("a", 12)
-    cluster.storage.put(hashes)
+    hashes = cluster.stored("a", 12)
     send = cluster.wire.send
 
     def older(sender: str, receiver: str, message: object) -> bool:
@@ -202,13 +184,10 @@ def test_another_package_version_gets_no_offer_and_costs_no_wait(cluster: Cluste
 
 
 def test_an_engine_that_speaks_under_another_name_gets_no_offer(cluster: Cluster) -> None:
-    prefill, decode = cluster.prefill(policy="decode"), cluster.decode()
-    hashes = prompt("a", 12)
-    cluster.storage.put(hashes)
+    _, decode = cluster.prefill(policy="decode"), cluster.decode()
+    hashes = cluster.stored("a", 12)
     decode.reads.engine = "decode-2"
-    decode.request(1, hashes, prefill.name)
-    wait_for(lambda: cluster.wire.sent(Hello))
-    job = prefill.request(1, hashes)
+    job = cluster.request(hashes)
     assert job.result() == 12
     decode.settle(1)
     assert not cluster.wire.sent(Offer)
@@ -218,8 +197,7 @@ def test_an_engine_that_speaks_under_another_name_gets_no_offer(cluster: Cluster
 
 def test_a_hello_that_never_comes_is_waited_for_and_then_not(cluster: Cluster) -> None:
     prefill = cluster.prefill(policy="decode")
-    hashes = prompt("a", 12)
-    cluster.storage.put(hashes)
+    hashes = cluster.stored("a", 12)
     first = prefill.request(1, hashes)
     assert first.result() == 12
     assert CONFIG.hello_silence_s <= first.ended_s - first.started_s < 3 * CONFIG.hello_silence_s
@@ -235,8 +213,7 @@ def test_a_hello_that_never_comes_is_waited_for_and_then_not(cluster: Cluster) -
 
 def test_split_reads_ahead_without_a_hello(cluster: Cluster) -> None:
     prefill = cluster.prefill(policy="split")
-    hashes = prompt("a", 12)
-    cluster.storage.put(hashes)
+    hashes = cluster.stored("a", 12)
     job = prefill.request(1, hashes)
     assert job.result() == 12
     assert job.ended_s - job.started_s < CONFIG.hello_silence_s
@@ -246,8 +223,7 @@ def test_split_reads_ahead_without_a_hello(cluster: Cluster) -> None:
 
 def test_a_request_without_a_room_is_read_by_prefill(cluster: Cluster) -> None:
     prefill = cluster.prefill()
-    hashes = prompt("a", 12)
-    cluster.storage.put(hashes)
+    hashes = cluster.stored("a", 12)
     job = prefill.request(None, hashes)
     assert job.result() == 12
     job.check()
@@ -296,11 +272,8 @@ def test_a_waiting_decode_engine_hears_that_prefill_lives(cluster: Cluster) -> N
 
 def test_a_later_attempt_of_a_settled_room_is_prefill_alone(cluster: Cluster) -> None:
     prefill, decode = cluster.prefill(), cluster.decode()
-    hashes = prompt("a", 16)
-    cluster.storage.put(hashes)
-    decode.request(1, hashes, prefill.name)
-    wait_for(lambda: cluster.wire.sent(Hello))
-    assert prefill.request(1, hashes).result() == 16
+    hashes = cluster.stored("a", 16)
+    assert cluster.request(hashes).result() == 16
     decode.settle(1)
     again = prefill.request(1, hashes)
     assert again.result() == 16
@@ -311,8 +284,7 @@ def test_a_later_attempt_of_a_settled_room_is_prefill_alone(cluster: Cluster) ->
 
 def test_samples_that_share_a_room_all_get_their_pages(cluster: Cluster) -> None:
     prefill, decode = cluster.prefill(), cluster.decode()
-    hashes = prompt("a", 24)
-    cluster.storage.put(hashes)
+    hashes = cluster.stored("a", 24)
     cluster.storage.latency_s = 0.01
     decode.request(1, hashes, prefill.name)
     wait_for(lambda: cluster.wire.sent(Hello))
@@ -327,14 +299,11 @@ def test_samples_that_share_a_room_all_get_their_pages(cluster: Cluster) -> None
 
 def test_the_decode_engine_asks_for_no_more_than_its_bounds(cluster: Cluster) -> None:
     prefill, decode = cluster.prefill(policy="decode"), cluster.decode()
-    hashes = prompt("a", 60)
-    cluster.storage.put(hashes)
+    hashes = cluster.stored("a", 60)
     decode.hop.latency_s = 0.02
     most = 0
     job = None
-    decode.request(1, hashes, prefill.name)
-    wait_for(lambda: cluster.wire.sent(Hello))
-    job = prefill.request(1, hashes)
+    job = cluster.request(hashes)
     while not job.done.is_set():
         most = max(most, prefill.reserve.backing)
         job.done.wait(0.001)

@@ -8,6 +8,7 @@ attends to the keys up to its own end, under a causal mask aligned to the lower 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -68,6 +69,26 @@ def _is_plain(options: dict[str, Any], encoder_lens: object) -> bool:
     return encoder_lens is None and not options.get("is_cross_attn") and (window is None or window < 0)
 
 
+def _attend_requests(
+    query: torch.Tensor,
+    output: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    req_to_token: torch.Tensor,
+    requests: Iterable[tuple[int, int, int]],
+    scaling: float | None,
+    causal: bool,
+) -> None:
+    """Write the rows of ``output``, request by request: row in ``req_to_token``, tokens of context, queries."""
+    start = 0
+    for request, context, new in requests:
+        tokens = req_to_token[request, :context]
+        output[start : start + new] = attend(
+            query[start : start + new], k_cache[tokens], v_cache[tokens], scaling=scaling, causal=causal
+        )
+        start += new
+
+
 def wrap_extend(original: Any) -> Any:
     """Replacement of ``TorchNativeAttnBackend._run_sdpa_forward_extend``; windows and encoders go to the original."""
 
@@ -101,19 +122,9 @@ def wrap_extend(original: Any) -> Any:
                 encoder_lens,
                 **options,
             )
-        start = 0
-        for request, context, new in zip(
-            req_pool_indices.tolist(), seq_lens.tolist(), extend_seq_lens.tolist(), strict=True
-        ):
-            tokens = req_to_token[request, :context]
-            output[start : start + new] = attend(
-                query[start : start + new],
-                k_cache[tokens],
-                v_cache[tokens],
-                scaling=options.get("scaling"),
-                causal=bool(options.get("causal")),
-            )
-            start += new
+        lengths = zip(req_pool_indices.tolist(), seq_lens.tolist(), extend_seq_lens.tolist(), strict=True)
+        causal = bool(options.get("causal"))
+        _attend_requests(query, output, k_cache, v_cache, req_to_token, lengths, options.get("scaling"), causal)
         return output
 
     return extend
@@ -148,15 +159,8 @@ def wrap_decode(original: Any) -> Any:
                 encoder_lens,
                 **options,
             )
-        for row, (request, context) in enumerate(zip(req_pool_indices.tolist(), seq_lens.tolist(), strict=True)):
-            tokens = req_to_token[request, :context]
-            output[row : row + 1] = attend(
-                query[row : row + 1],
-                k_cache[tokens],
-                v_cache[tokens],
-                scaling=options.get("scaling"),
-                causal=False,
-            )
+        lengths = ((*one, 1) for one in zip(req_pool_indices.tolist(), seq_lens.tolist(), strict=True))
+        _attend_requests(query, output, k_cache, v_cache, req_to_token, lengths, options.get("scaling"), causal=False)
         return output
 
     return decode

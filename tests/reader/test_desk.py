@@ -1,0 +1,114 @@
+"""A prefill engine's desk without threads, on a clock that the test moves: what a late word and an ended read leave."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+
+from sglang_dualpath import __version__
+from sglang_dualpath.ledger import Reserve
+from sglang_dualpath.policy import load_policy
+from sglang_dualpath.protocol import PROTOCOL_VERSION, Cancelled, Claim, Fail, Grant, Hello, Message
+from sglang_dualpath.reader.offers import OfferDesk
+from sglang_dualpath.reader.prefetch import Prefetch
+from sglang_dualpath.reader.prefill import PrefillRead, PrefillReads
+from tests.reader.cluster import CONFIG, PAGE_BYTES, prompt
+from tests.reader.host import PAGE_TOKENS, PLANE_BYTES, Slots
+
+PEER = b"decode-1"
+ROOM = 1
+
+
+class Desk:
+    """One prefill engine and one decode engine, which the test plays."""
+
+    def __init__(self) -> None:
+        self.now_s = 100.0
+        self.said: list[Message] = []
+        self.pool = Slots(64)
+        self.reserve = Reserve(self.pool.alloc(8))
+        self.reads = PrefillReads(config=CONFIG, pages=self.pool.pages, reserve=self.reserve, clock=lambda: self.now_s)
+        self.desk = OfferDesk(
+            self.reads,
+            policy=load_policy("decode"),
+            engine="prefill-1",
+            session="prefill-1",
+            send=lambda peer, message: self.said.append(message),
+        )
+
+    def hear(self, message: Message) -> None:
+        self.desk.handle(PEER, message)
+
+    def prefetch(self, pages: int = 6) -> Prefetch:
+        """The decode engine asks about a request, whose prefetch then gets its host pages."""
+        self.hear(
+            Hello(
+                room=ROOM,
+                version=PROTOCOL_VERSION,
+                package=__version__,
+                rank=0,
+                engine=PEER.decode(),
+                page_tokens=PAGE_TOKENS,
+                page_bytes=PAGE_BYTES,
+                plane_bytes=PLANE_BYTES,
+                tp_size=1,
+                match_pages=0,
+                held_end_page=0,
+            )
+        )
+        self.reads.arrived(ROOM, "handle")
+        return Prefetch(
+            handle="handle",
+            first_page=0,
+            stored_pages=pages,
+            hashes=prompt("a", pages),
+            host_indices=self.pool.pages.indices(self.pool.alloc(pages)),
+            read_pages=lambda first, slots: len(slots),
+            is_cancelled=lambda: False,
+        )
+
+    def granted(self) -> tuple[PrefillRead, Grant]:
+        read = self.reads.opened(self.prefetch())
+        assert read is not None
+        self.hear(Claim(ROOM, 0, 1, 3))
+        (grant,) = [message for message in self.said if isinstance(message, Grant)]
+        return read, grant
+
+
+@pytest.mark.parametrize("word", [Fail, Cancelled])
+def test_a_failed_push_of_an_engine_that_was_frozen_leaves_its_slots_out_of_use(word: type[Fail | Cancelled]) -> None:
+    desk = Desk()
+    read, grant = desk.granted()
+    # Frozen for longer than the lease: messages that waited in the kernel are handled before the next tick, and before
+    # the transfer engine has copied what waited there, too.
+    desk.now_s += 2 * CONFIG.lease_s
+    desk.hear(Fail(ROOM, 0, grant.claim_id, "timed out") if word is Fail else Cancelled(ROOM, 0, grant.claim_id))
+    assert set(read.ledger.slots).isdisjoint(grant.slots), "late bytes would meet pages that were landed again"
+    assert desk.reserve.quarantined == (len(grant.slots) if word is Fail else 0)
+    desk.now_s += 2 * CONFIG.lease_s
+    desk.desk.tick(0.0)
+    assert desk.reserve.free == desk.reserve.size
+    assert not desk.reads.late
+
+
+def test_a_failed_push_within_its_lease_gives_its_pages_back() -> None:
+    desk = Desk()
+    read, grant = desk.granted()
+    desk.hear(Fail(ROOM, 0, grant.claim_id, "no route"))
+    assert set(grant.slots) <= set(read.ledger.slots)
+    assert read.ledger.span_left == (0, 6)
+    assert desk.reserve.free == desk.reserve.size
+
+
+def test_a_read_that_ended_is_not_kept_with_its_room() -> None:
+    desk = Desk()
+    prefetch = desk.prefetch()
+    kept = weakref.ref(prefetch)
+    assert desk.reads.opened(prefetch) is not None
+    desk.reads.finish(prefetch)
+    del prefetch
+    gc.collect()
+    assert ROOM in desk.reads.rooms, "a late HELLO gets no answer"
+    assert kept() is None, "thousands of rooms are remembered, each with its prompt's hashes"
