@@ -1,8 +1,7 @@
 """Control sockets between decode and prefill engines: ZMQ, one owner thread a socket, all messages authenticated."""
 
-from sglang_dualpath.control.auth import read_key
 from sglang_dualpath.control.client import ControlClient
 from sglang_dualpath.control.loop import ControlErrorKind, ControlStatistics, Peer
 from sglang_dualpath.control.server import ControlServer
 
-__all__ = ["ControlClient", "ControlErrorKind", "ControlServer", "ControlStatistics", "Peer", "read_key"]
+__all__ = ["ControlClient", "ControlErrorKind", "ControlServer", "ControlStatistics", "Peer"]

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from pathlib import Path
 from typing import Final
 
+from sglang_dualpath.config import MIN_KEY_BYTES
+
 MAC_BYTES: Final = hashlib.sha256().digest_size
-MIN_KEY_BYTES: Final = 16
 
 #: Directions, part of what is signed.
 TO_SERVER: Final = b"to-server"
@@ -53,14 +53,3 @@ class Authenticator:
     def accepts(self, payload: bytes, mac: bytes, *, direction: bytes, engine: bytes) -> bool:
         """Whether `mac` is the one that `sign` returns for the same arguments (compared in constant time)."""
         return hmac.compare_digest(self.sign(payload, direction=direction, engine=engine), mac)
-
-
-def read_key(path: str | Path) -> bytes:
-    """The key in the file at `path`, without white space around it.
-
-    Raises OSError if it cannot be read, and ValueError if it is shorter than MIN_KEY_BYTES.
-    """
-    key = Path(path).read_bytes().strip()
-    if len(key) < MIN_KEY_BYTES:
-        raise ValueError(f"The key in {path} has {len(key)} bytes; at least {MIN_KEY_BYTES} are needed.")
-    return key

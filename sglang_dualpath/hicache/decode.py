@@ -90,7 +90,13 @@ class DecodePath:
             if request is None or read.ended is not None:
                 self.reads.without_prefetch(read)
             else:
-                self._start(read, request.req)
+                try:
+                    self._start(read, request.req)
+                except Exception:
+                    # As upstream does around the same call: a prefetch that cannot be had must not end the scheduler.
+                    logger.exception("No prefetch for room %s.", read.room)
+                    metrics.FALLBACKS.add(reason="prefetch_exception")
+                    self.reads.without_prefetch(read, "prefetch_exception")
         for read in self.reads.over():
             self._requests.pop(read.room, None)
             self._by_handle.pop(read.handle, None)

@@ -42,13 +42,14 @@ class ClaimDesk:
         now = self._reads.clock()
         self.expire(read, now)
         answer = read.ledger.claim(read.decode, max_pages=message.max_pages, now_s=now)
-        read.progress_s = now
         room = self._reads.rooms.get(message.room)
         if room is not None and room.peer == peer:
             room.spoke_s = now
         if not isinstance(answer, Grant):
             self._refuse(peer, message, answer.reason, retry=answer.retry)
             return
+        # A refused claim is no progress: asking again and again for want of spares must not hold up the reads behind.
+        read.progress_s = now
         read.claims[answer.claim_id] = answer
         metrics.CLAIMS.add(outcome="granted")
         self._send(

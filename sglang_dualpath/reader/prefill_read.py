@@ -26,7 +26,7 @@ class PrefillRead:
     claims: dict[int, Grant] = field(default_factory=dict)
     """Open claims of the decode engine."""
     progress_s: float = 0.0
-    """When the decode engine last got something or said something of this read."""
+    """When the decode engine was last offered or granted pages of this read, or said its last word on some."""
     planned: bool = False
     closed: bool = False
 

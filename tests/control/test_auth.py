@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-from sglang_dualpath.control.auth import MAC_BYTES, TO_CLIENT, TO_SERVER, Authenticator, read_key
+from sglang_dualpath.control.auth import MAC_BYTES, TO_CLIENT, TO_SERVER, Authenticator
 
 KEY = b"k" * 16
 
@@ -55,16 +53,3 @@ def test_a_short_key_is_refused() -> None:
 def test_the_key_does_not_show() -> None:
     assert repr(Authenticator(KEY)) == "Authenticator(key=***)"
     assert repr(Authenticator(None)) == "Authenticator(key=None)"
-
-
-def test_a_key_file_is_read_without_its_newline(tmp_path: Path) -> None:
-    path = tmp_path / "key"
-    path.write_bytes(KEY + b"\n")
-    assert read_key(path) == KEY
-
-
-def test_a_key_file_with_a_short_key_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "key"
-    path.write_bytes(b"short\n")
-    with pytest.raises(ValueError, match="5 bytes"):
-        read_key(path)

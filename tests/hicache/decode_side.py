@@ -163,6 +163,12 @@ class DecodeNode:
 
     def offer(self, room: int, pages: int = 8) -> Operation:
         """The prefill engine offers ``pages``; returns the prefetch that the scheduler starts for it."""
+        self.make_offer(room, pages)
+        self.path.tick()
+        (operation,) = self.tree.ongoing.values()
+        return operation
+
+    def make_offer(self, room: int, pages: int = 8) -> None:
         planes = tuple(Plane(*plane) for plane in self.pool.pages.planes)
         self.hear(
             Offer(
@@ -179,9 +185,6 @@ class DecodeNode:
                 engine=PREFILL,
             )
         )
-        self.path.tick()
-        (operation,) = self.tree.ongoing.values()
-        return operation
 
     def hear(self, message: Message) -> None:
         self.reads.handle(PREFILL, message)

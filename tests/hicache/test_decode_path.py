@@ -7,7 +7,9 @@ import time
 
 import pytest
 
+from sglang_dualpath import metrics
 from sglang_dualpath.hicache.decode import DecodePath
+from sglang_dualpath.protocol import Decline
 from sglang_dualpath.reader.decode import Phase
 from sglang_dualpath.reader.prefetch import Prefetch
 from tests.hicache.decode_side import DecodeNode, Operation, hashes
@@ -103,6 +105,24 @@ def test_two_threads_that_open_an_operation_at_once_open_it_once(monkeypatch: py
     for thread in threads:
         thread.join(10)
     assert made == [read.prefetch]
+
+
+def test_a_prefetch_that_raises_lets_the_request_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    node = DecodeNode()
+    node.accept(ROOM)
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise AssertionError("prefetch anchor namespace")
+
+    monkeypatch.setattr(node.tree, "prefetch_from_storage", fail)
+    counted = metrics.FALLBACKS.value(reason="prefetch_exception")
+    node.make_offer(ROOM)
+    node.path.tick()
+    assert not node.reads.pending(ROOM)
+    assert [message.reason for message in node.said if isinstance(message, Decline)] == ["prefetch_exception"]
+    assert metrics.FALLBACKS.value(reason="prefetch_exception") == counted + 1
+    node.path.tick()
+    assert not node.reads.reads
 
 
 # -- locks -------------------------------------------------------------------------------------------------------------

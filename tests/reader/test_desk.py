@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 
 import pytest
@@ -41,7 +42,7 @@ class Desk:
     def hear(self, message: Message) -> None:
         self.desk.handle(PEER, message)
 
-    def prefetch(self, pages: int = 6) -> Prefetch:
+    def prefetch(self, pages: int = 6, *, held: int = 0) -> Prefetch:
         """The decode engine asks about a request, whose prefetch then gets its host pages."""
         self.hear(
             Hello(
@@ -54,15 +55,15 @@ class Desk:
                 page_bytes=PAGE_BYTES,
                 plane_bytes=PLANE_BYTES,
                 tp_size=1,
-                match_pages=0,
-                held_end_page=0,
+                match_pages=held,
+                held_end_page=held,
             )
         )
         self.reads.arrived(ROOM, "handle")
         return Prefetch(
             handle="handle",
             first_page=0,
-            stored_pages=pages,
+            stored_pages=pages - held,
             hashes=prompt("a", pages),
             host_indices=self.pool.pages.indices(self.pool.alloc(pages)),
             read_pages=lambda first, slots: len(slots),
@@ -112,3 +113,24 @@ def test_a_read_that_ended_is_not_kept_with_its_room() -> None:
     gc.collect()
     assert ROOM in desk.reads.rooms, "a late HELLO gets no answer"
     assert kept() is None, "thousands of rooms are remembered, each with its prompt's hashes"
+
+
+def test_a_decode_engine_that_gets_no_spares_does_not_hold_up_later_reads() -> None:
+    desk = Desk()
+    prefetch = desk.prefetch(held=6)
+    assert desk.reads.opened(prefetch) is not None
+    # Another decode engine froze with all the spares: nobody can land these pages, which are in no storage.
+    assert desk.reserve.back(desk.reserve.free)
+    got: list[int] = []
+    waiting = threading.Thread(target=lambda: got.append(desk.reads.wait(prefetch, 0, 6)))
+    started_s = desk.now_s
+    waiting.start()
+    while waiting.is_alive() and desk.now_s < started_s + CONFIG.read_deadline_s / 2:
+        desk.now_s += 0.1
+        desk.hear(Claim(ROOM, 0, 1, 3))
+        waiting.join(0.06)
+    in_time = not waiting.is_alive()
+    desk.reads.stop()
+    waiting.join(10)
+    assert in_time, "it waited for a decode engine that only asks"
+    assert got == [0]
