@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Callable
-from typing import TypeAlias
 
 import pytest
 
 from sglang_dualpath.config import DualPathConfig
-from tests.e2e.conftest import Pair, References, two_samples
+from tests.e2e.conftest import Pair, References, log_dir, two_samples
 from tests.e2e.counters import count
 from tests.e2e.cover import Row, rows
 from tests.e2e.prompts import NEW_TOKENS, PAGE, Outputs, Prompts, ask, ask_all, differences, storm
@@ -19,7 +18,6 @@ pytestmark = [
     pytest.mark.timeout(600),
     pytest.mark.parametrize("pair", rows(), ids=str, indirect=True),
 ]
-Record: TypeAlias = Callable[[str, object], None]
 POLICIES = ("prefill", "decode", "shorter_queue", "split")
 
 
@@ -147,13 +145,14 @@ def test_a_swapped_page_shows(split: Pair, prompts: Prompts, expected: Outputs) 
 
 
 def test_two_hundred_requests_at_once_end(
-    split: Pair, prompts: Prompts, expected: Outputs, references: References, record_property: Record
+    split: Pair, prompts: Prompts, expected: Outputs, references: References
 ) -> None:
     """Many times what the pools hold: prefetches are parked, both engines read, all is right, nothing stands still."""
     split.cluster.flush()
     before = count(split.cluster)
     ours, stock = storm(split.cluster, prompts, expected), references.storms[split.row.model]
-    record_property("stall_s", (ours.stall_s, stock.stall_s))
+    stalls = {"stall_s": ours.stall_s, "stock_stall_s": stock.stall_s}
+    (log_dir(str(split.row)) / "stalls.json").write_text(json.dumps(stalls))
     assert (ours.wrong, stock.wrong) == ([], [])
     seen = count(split.cluster).since(before)
     assert seen.total("read_bytes_total", "prefill") > 0
