@@ -16,7 +16,7 @@ from benchmarks.testbed.servers import ServerSpec, stock_pair
 from benchmarks.testbed.store import StoreSpec
 from tests.e2e import policies
 from tests.e2e.cover import Model, Row
-from tests.e2e.prompts import NEW_TOKENS, Outputs, Prompts, Storm, ask_all, differences, make_prompts, storm
+from tests.e2e.prompts import NEW_TOKENS, Outputs, Prompts, ask_all, differences, make_prompts
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MODELS: Mapping[Model, Callable[[Path], Path]] = {"gqa": small_identity_model, "mla": identity_mla_model}
@@ -51,7 +51,6 @@ class References:
         self.samples: dict[Model, list[tuple[int, ...]] | None] = {}
         """What two samples of one prompt gave, None if there was no answer."""
         self.self_differences: dict[Model, int] = {}
-        self.storms: dict[Model, Storm] = {}
 
     def of(self, model: Model) -> Outputs:
         if model not in self._made:
@@ -75,8 +74,6 @@ class References:
             cluster.flush()
             again = ask_all(cluster, self._prompts)
             self.self_differences[model] = len(differences(again, first))
-            cluster.flush()
-            self.storms[model] = storm(cluster, self._prompts, first)
             self.samples[model] = two_samples(cluster, self._prompts["length-700"])
         return first
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
-from typing import NamedTuple
 
 from benchmarks.testbed.cluster import Cluster
 
@@ -51,29 +48,3 @@ def ask_all(cluster: Cluster, prompts: Prompts, *, at_once: int = 1, **body: obj
 def differences(got: Outputs, expected: Outputs) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
     """Where outputs differ from what was expected, by name: (got, expected)."""
     return {name: (ids, expected[name]) for name, ids in got.items() if ids != expected[name]}
-
-
-class Storm(NamedTuple):
-    """How many requests at once ended."""
-
-    wrong: list[str]
-    """Names of those whose output was not the expected one."""
-    stall_s: float
-    """Longest time in which none of them ended."""
-
-
-def storm(cluster: Cluster, prompts: Prompts, expected: Outputs, *, at_once: int = 200) -> Storm:
-    """Send ``at_once`` requests at the same time, many times what the pools hold; returns when all have ended."""
-    names = [name for name in prompts if 250 < len(prompts[name]) < 1600]
-    work = [names[number % len(names)] for number in range(at_once)]
-    ends = [time.monotonic()]
-
-    def one(name: str) -> bool:
-        right = ask(cluster, prompts[name]) == expected[name]
-        ends.append(time.monotonic())
-        return right
-
-    with ThreadPoolExecutor(at_once) as pool:
-        right = list(pool.map(one, work))
-    wrong = [name for name, good in zip(work, right, strict=True) if not good]
-    return Storm(wrong, max(later - earlier for earlier, later in pairwise(sorted(ends))))

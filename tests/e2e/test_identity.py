@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import random
 
 import pytest
 
-from sglang_dualpath.config import DualPathConfig
-from tests.e2e.conftest import Pair, References, log_dir, two_samples
+from tests.e2e.conftest import Pair, References, two_samples
 from tests.e2e.counters import count
 from tests.e2e.cover import Row, rows
-from tests.e2e.prompts import NEW_TOKENS, PAGE, Outputs, Prompts, ask, ask_all, differences, storm
+from tests.e2e.prompts import NEW_TOKENS, PAGE, Outputs, Prompts, ask, ask_all, differences
 
 pytestmark = [
     pytest.mark.e2e,
@@ -142,24 +140,6 @@ def test_a_swapped_page_shows(split: Pair, prompts: Prompts, expected: Outputs) 
             path.write_bytes(content)
     split.cluster.flush()
     assert ask(split.cluster, prompts[name]) == expected[name]
-
-
-def test_two_hundred_requests_at_once_end(
-    split: Pair, prompts: Prompts, expected: Outputs, references: References
-) -> None:
-    """Many times what the pools hold: prefetches are parked, both engines read, all is right, nothing stands still."""
-    split.cluster.flush()
-    before = count(split.cluster)
-    ours, stock = storm(split.cluster, prompts, expected), references.storms[split.row.model]
-    stalls = {"stall_s": ours.stall_s, "stock_stall_s": stock.stall_s}
-    (log_dir(str(split.row)) / "stalls.json").write_text(json.dumps(stalls))
-    assert (ours.wrong, stock.wrong) == ([], [])
-    seen = count(split.cluster).since(before)
-    assert seen.total("read_bytes_total", "prefill") > 0
-    assert seen.total("read_bytes_total", "decode") > 0
-    for role in ("prefill", "decode"):
-        assert seen.total("parked_total", server=role) > 0, f"the pools of the {role} server were large enough"
-    assert ours.stall_s <= stock.stall_s + DualPathConfig().lease_s
 
 
 def test_requests_with_nothing_to_load_wait_for_nothing(split: Pair) -> None:

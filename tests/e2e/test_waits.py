@@ -1,0 +1,99 @@
+"""Nothing waits for nothing: 200 requests at once, on pools that hold a few of them, ours beside stock's."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from benchmarks.testbed.cluster import Cluster, ClusterSpec
+from benchmarks.testbed.servers import ServerSpec, dualpath_pair, stock_pair
+from benchmarks.testbed.store import StoreSpec
+from sglang_dualpath.config import DualPathConfig
+from tests.e2e.conftest import log_dir
+from tests.e2e.counters import Counters, count
+from tests.e2e.cover import Model
+from tests.e2e.prompts import Outputs, Prompts, ask, ask_all
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
+
+REQUESTS = 200
+# Device memory holds some seven of the prompts, host memory two more, and SGLang prefetches two at a time.
+SETTINGS = {"max_total_tokens": 8192, "hicache_ratio": 1.3, "chunked_prefill_tokens": 4096}
+
+
+@dataclass
+class Storm:
+    """What one system did with all requests at once."""
+
+    outputs: Outputs
+    wrong: int
+    """Requests whose output was not that of the same prompt alone."""
+    stall_s: float
+    """Longest time in which none of them ended."""
+    total_s: float
+    counted: Counters
+
+
+def storm(servers: tuple[ServerSpec, ServerSpec], model: Path, prompts: Prompts, logs: Path) -> Storm:
+    """Store all prompts' pages one by one, drop the caches, then ask for them all at once, each several times."""
+    spec = ClusterSpec(model=model, servers=servers, store=StoreSpec(capacity_bytes=1 << 29))
+    with Cluster(spec, log_dir=logs) as cluster:
+        outputs = ask_all(cluster, prompts)
+        cluster.flush()
+        before = count(cluster)
+        work = random.Random("storm").choices(list(prompts), k=REQUESTS)
+        start = time.monotonic()
+        ends = [start]
+
+        def one(name: str) -> bool:
+            right = ask(cluster, prompts[name]) == outputs[name]
+            ends.append(time.monotonic())
+            return right
+
+        with ThreadPoolExecutor(REQUESTS) as pool:
+            wrong = REQUESTS - sum(pool.map(one, work))
+        stall_s = max(later - earlier for earlier, later in pairwise(sorted(ends)))
+        return Storm(outputs, wrong, stall_s, max(ends) - start, count(cluster).since(before))
+
+
+@pytest.fixture(scope="module")
+def storms(model_path: Callable[[Model], Path]) -> Iterator[Mapping[str, Storm]]:
+    source = random.Random("waits")
+    prompts = {f"prompt-{n}": source.choices(range(256), k=source.randrange(700, 1500)) for n in range(24)}
+    flags = {"extra_flags": ("--dualpath-chunk-bytes", "262144")}  # so that both sides get a part of such small reads
+    found = {
+        "stock": storm(stock_pair(decode_hicache=True, **SETTINGS), model_path("gqa"), prompts, log_dir("waits-stock")),
+        "ours": storm(dualpath_pair(**SETTINGS, **flags), model_path("gqa"), prompts, log_dir("waits")),
+    }
+    seconds = {name: {"stall_s": storm.stall_s, "total_s": storm.total_s} for name, storm in found.items()}
+    (log_dir("waits") / "stalls.json").write_text(json.dumps(seconds))
+    yield found
+
+
+def test_all_end_with_the_outputs_of_stock(storms: Mapping[str, Storm]) -> None:
+    assert (storms["stock"].wrong, storms["ours"].wrong) == (0, 0)
+    assert storms["ours"].outputs == storms["stock"].outputs
+
+
+def test_both_engines_read_though_prefetches_must_wait_for_room(storms: Mapping[str, Storm]) -> None:
+    seen = storms["ours"].counted
+    for role in ("prefill", "decode"):
+        assert seen.total("read_bytes_total", role) > 0
+        assert seen.total("parked_total", server=role) > 0, f"the pools of the {role} server were large enough"
+
+
+def test_nothing_stands_still_for_longer_than_a_lease_more_than_in_stock(storms: Mapping[str, Storm]) -> None:
+    assert storms["ours"].stall_s <= storms["stock"].stall_s + DualPathConfig().lease_s
+
+
+def test_no_wait_ended_by_its_deadline(storms: Mapping[str, Storm]) -> None:
+    for reason in ("read_deadline", "prefill_silent", "no_hello", "decode_silent"):
+        assert storms["ours"].counted.total("fallbacks_total", reason) == 0
