@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -65,7 +65,7 @@ def storm(servers: tuple[ServerSpec, ServerSpec], model: Path, prompts: Prompts,
 
 
 @pytest.fixture(scope="module")
-def storms(model_path: Callable[[Model], Path]) -> Iterator[Mapping[str, Storm]]:
+def storms(model_path: Callable[[Model], Path]) -> Mapping[str, Storm]:
     source = random.Random("waits")
     prompts = {f"prompt-{n}": source.choices(range(256), k=source.randrange(700, 1500)) for n in range(24)}
     flags = {"extra_flags": ("--dualpath-chunk-bytes", "262144")}  # so that both sides get a part of such small reads
@@ -75,7 +75,7 @@ def storms(model_path: Callable[[Model], Path]) -> Iterator[Mapping[str, Storm]]
     }
     seconds = {name: {"stall_s": storm.stall_s, "total_s": storm.total_s} for name, storm in found.items()}
     (log_dir("waits") / "stalls.json").write_text(json.dumps(seconds))
-    yield found
+    return found
 
 
 def test_all_end_with_the_outputs_of_stock(storms: Mapping[str, Storm]) -> None:
