@@ -12,7 +12,7 @@ COVERAGE_PERCENT := 95
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo lint unit e2e test test-all clean distclean
+.PHONY: help setup demo lint unit checks e2e test test-all clean distclean
 
 help:
 	@echo "make demo      both load paths on this machine, compared with stock SGLang token by token"
@@ -48,14 +48,21 @@ unit: $(STAMP)
 	    echo "coverage of $$part: $$(sed -n 's/^TOTAL.* //p' out/coverage-$$part.txt)"; \
 	done
 
+# Both at once: one is busy computing, the other mostly waiting.
+checks: $(STAMP)
+	@mkdir -p out
+	@$(MAKE) --no-print-directory lint > out/lint.log 2>&1 & lint=$$!; \
+	$(MAKE) --no-print-directory unit; unit=$$?; \
+	wait $$lint; lint=$$?; cat out/lint.log; [ $$lint -eq 0 ] && [ $$unit -eq 0 ]
+
 e2e: $(STAMP)
 	@mkdir -p out
 	$(BIN)/python -m pytest -m "e2e and not gpu" --durations=40 --junitxml=out/e2e.xml $(PYTEST_ARGS)
 
-test: lint unit e2e
+test: checks e2e
 
 test-all: export DUALPATH_TEST_ALL := 1
-test-all: lint unit e2e
+test-all: checks e2e
 
 clean:
 	rm -rf out build dist .coverage .coverage.* htmlcov .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache

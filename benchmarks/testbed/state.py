@@ -181,13 +181,22 @@ def signal_group(pid: int, number: int) -> bool:
 
 
 def stop_groups(pids: list[int], *, grace_s: float) -> None:
-    """End process groups: wake and SIGTERM all of them at once, SIGKILL those left after `grace_s` seconds."""
+    """End process groups: wake and SIGTERM their leaders all at once, SIGKILL what is left after `grace_s` seconds.
+
+    Leaders end their children. SGLang takes a child that gets the signal by itself for a crash, and sleeps over it.
+    """
     for pid in pids:
-        signal_group(pid, signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGTERM)
         signal_group(pid, signal.SIGCONT)
     deadline = time.monotonic() + grace_s
+    orphaned: set[int] = set()
     left = [pid for pid in pids if _group_lives(pid)]
     while left and time.monotonic() < deadline:
+        for pid in left:
+            if pid not in orphaned and start_ticks(pid) is None:
+                orphaned.add(pid)
+                signal_group(pid, signal.SIGTERM)
         time.sleep(0.05)
         left = [pid for pid in left if _group_lives(pid)]
     for pid in left:
