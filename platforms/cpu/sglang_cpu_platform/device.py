@@ -9,7 +9,7 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 
-from sglang_cpu_platform import attention, disaggregation, host_pools
+from sglang_cpu_platform import attention, disaggregation, host_pools, waiting
 
 
 class DualPathCpuPlatform(CpuDeviceMixin, SRTPlatform):
@@ -42,3 +42,4 @@ class DualPathCpuPlatform(CpuDeviceMixin, SRTPlatform):
         attention.install()
         host_pools.install()
         disaggregation.install()
+        waiting.install()
