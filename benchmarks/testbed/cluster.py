@@ -196,6 +196,23 @@ class Cluster:
         """All that a server (or "router") has logged so far."""
         return self.processes[name].log()
 
+    @property
+    def router_url(self) -> str:
+        return self.clients["router"].base_url
+
+    def process_groups(self) -> dict[str, list[int]]:
+        """Process ids of everything that runs, the store included, by name."""
+        return {process.name: process.members() for process in self._processes.started}
+
+    def start_in_node(self, name: str, node: str, command: Sequence[str]) -> Process:
+        """Start a program of the caller's in a node; it ends with the cluster if it was not stopped before."""
+        namespace = self.network.nodes[node].namespace if self.network is not None else None
+        return self._processes.start(name, command, env=clean_environment(os.environ), namespace=namespace)
+
+    def stop(self, processes: Sequence[Process]) -> None:
+        """End programs that `start_in_node` started."""
+        self._processes.stop_all(processes)
+
     def restart(self, name: str) -> None:
         """Start a server anew at the same place, ending the old one first if it lives."""
         self._processes.stop(self.processes[name])

@@ -139,6 +139,11 @@ class Processes:
         """End one process group: SIGTERM, wait, SIGKILL."""
         self._stop([process], grace_s=grace_s)
 
+    @property
+    def started(self) -> list[Process]:
+        """All that were started and not ended, in the order of their start."""
+        return list(self._started)
+
     def stop_all(self, processes: Sequence[Process], *, grace_s: float = GRACE_S) -> None:
         """End several process groups together."""
         self._stop(list(processes), grace_s=grace_s)
