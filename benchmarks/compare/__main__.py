@@ -28,7 +28,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptio
 @app.command()
 def compare(
     preset: Annotated[str | None, typer.Option(help=f"One of: {', '.join(PRESETS)}.")] = None,
-    out: Annotated[Path, typer.Option(help="Directory of result.json, report.md, plots and logs.")] = Path("out/compare"),
+    out: Annotated[Path, typer.Option(help="Directory of result.json, report.md and plots.")] = Path("out/compare"),
     systems: Annotated[str | None, typer.Option(help="Systems instead of the preset's, separated by commas.")] = None,
     repetitions: Annotated[int | None, typer.Option(min=1, help="Turns of each system.")] = None,
     agents: Annotated[int | None, typer.Option(min=1)] = None,
@@ -38,7 +38,7 @@ def compare(
     trace: Annotated[str | None, typer.Option(help="Trace file, or paper:32K, paper:48K, paper:64K.")] = None,
     load: Annotated[float | None, typer.Option(min=0.01, help="Poisson presets: share of all storage links.")] = None,
     seed: Annotated[int | None, typer.Option(help="Decides all token ids and arrivals.")] = None,
-    loopback: Annotated[bool, typer.Option("--loopback", help="No namespaces: no links, no speeds, only bytes.")] = False,
+    loopback: Annotated[bool, typer.Option("--loopback", help="No namespaces and links: bytes, no speeds.")] = False,
     keep_servers: Annotated[bool, typer.Option("--keep-servers", help="Of a single system, between turns.")] = False,
     baseline: Annotated[Path | None, typer.Option(help="Earlier result.json: exit 1 on a regression.")] = None,
     min_ratio: Annotated[float | None, typer.Option(help="Exit 1 below this throughput ratio to sgl_mc.")] = None,

@@ -10,6 +10,8 @@ from benchmarks.compare.schema import Ratios, Result
 
 REFERENCE = "sgl_mc"
 TOLERANCE = 0.03  # of a ratio, by which it may fall between runs whose own intervals are narrower than that
+_SAME_SETTINGS = ("preset", "snic_mbit", "cnic_mbit", "prefill_servers", "decode_servers", "trace", "agents", "rounds",
+                  "in_flight_per_prefill", "contexts", "namespaces")  # fmt: skip
 
 
 def regressions(result: Result, baseline: Result, *, tolerance: float = TOLERANCE) -> list[str]:
@@ -22,10 +24,9 @@ def regressions(result: Result, baseline: Result, *, tolerance: float = TOLERANC
         return [f"The run itself is invalid: {'; '.join(result.reasons)}."]
     different = [
         name
-        for name in ("preset", "snic_mbit", "cnic_mbit", "prefill_servers", "decode_servers", "trace", "agents", "rounds",
-                     "in_flight_per_prefill", "contexts", "namespaces")
+        for name in _SAME_SETTINGS
         if getattr(result.settings, name) != getattr(baseline.settings, name)
-    ]  # fmt: skip
+    ]
     if different:
         return [f"The baseline was measured with other settings ({', '.join(different)}): measure it anew."]
     found = []
@@ -67,8 +68,8 @@ def below_ratio(result: Result, least: float) -> list[str]:
             found.append(f"There is no ratio of {system} to {REFERENCE} in this run.")
         elif _ends(ratios)[0] < least:
             found.append(
-                f"{system}/{REFERENCE}: throughput ratio {ratios.throughput:.2f}, surely at least {_ends(ratios)[0]:.2f}, "
-                f"is below {least:g}."
+                f"{system}/{REFERENCE}: throughput ratio {ratios.throughput:.2f}, surely at least "
+                f"{_ends(ratios)[0]:.2f}, is below {least:g}."
             )
     return found or ([] if ours else ["No DualPath system is in this run."])
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from benchmarks.compare.schema import Pools, Settings
 
 PAIR = ("sgl_mc", "sgl_mc_both", "dualpath:split")
-SMALL_POOLS = Pools(24_000, 1.5, 24_000, 1.5)  # four servers fit into 24 GB beside two stores
+SMALL_POOLS = Pools(20_000, 1.5, 20_000, 1.5)  # four servers fit into 24 GB beside two stores
 
 PRESETS: Mapping[str, Settings] = {
     "smoke": Settings(
@@ -27,14 +27,15 @@ PRESETS: Mapping[str, Settings] = {
         "one_to_two", "offline", ("sgl_mc", "dualpath:split"), decode_servers=2, pools=Pools(24_000, 5.0, 36_000, 2.0)
     ),
     "two_to_two": Settings(
-        "two_to_two", "offline", ("sgl_mc", "dualpath:split"), prefill_servers=2, decode_servers=2, pools=SMALL_POOLS,
+        "two_to_two", "offline", ("sgl_mc", "dualpath:split"), prefill_servers=2, decode_servers=2,
+        pools=SMALL_POOLS,
     ),
     "half_load": Settings(
         "half_load", "poisson", ("dualpath:shorter_queue", "dualpath:split"), passes=2, load=0.5,
         pools=Pools(24_000, 1.75, 36_000, 1.2),
     ),
     "unbound": Settings("unbound", "offline", PAIR, snic_mbit=None, cnic_mbit=None),
-    "low_reuse": Settings("low_reuse", "offline", PAIR, low_reuse=True),
+    "low_reuse": Settings("low_reuse", "offline", PAIR, low_reuse=True, agents=8, longest_tokens=6000),
     "lone": Settings(
         "lone", "offline", ("sgl_mc", "dualpath:split"), agents=4, in_flight_per_prefill=1, contexts=(7600, 7600),
         sample_s=0.05,

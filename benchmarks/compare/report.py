@@ -108,7 +108,7 @@ def _sustained(result: Result) -> list[str]:
     return [
         "## Largest sustained rate",
         "",
-        f"At least {slo.share:.0%} of requests with TTFT up to {slo.ttft_s:g} s and TPOT up to {slo.tpot_s * 1000:g} ms.",
+        f"At least {slo.share:.0%} of requests with TTFT up to {slo.ttft_s:g} s, TPOT up to {slo.tpot_s * 1000:g} ms.",
         "",
         "| system | agents per s | trials: share of requests within |",
         "|---|---:|---|",

@@ -158,7 +158,7 @@ def _describe(settings: Settings, workload: Workload, say: Say) -> None:
     requests = settings.passes * workload.requests
     say(
         f"{settings.preset}: {', '.join(settings.systems)}; {settings.prefill_servers}P{settings.decode_servers}D, "
-        f"{links}; {workload.name}, {len(workload.trajectories)} agents, {requests} requests per repetition, prompts up "
-        f"to {longest:,} tokens, {settings.in_flight} in flight; a prefill server's prefetch window holds "
+        f"{links}; {workload.name}, {len(workload.trajectories)} agents, {requests} requests per repetition, prompts "
+        f"up to {longest:,} tokens, {settings.in_flight} in flight; a prefill server's prefetch window holds "
         f"{window // max(1, longest)} of the longest."
     )

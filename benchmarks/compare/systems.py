@@ -93,6 +93,11 @@ def oracle_pool_tokens(settings: Settings, workload: Workload) -> int:
     return (pages + new_pages) * PAGE_TOKENS + 8192
 
 
+def warm_up_agent(workload: Workload) -> int:
+    """The agent whose first round warms servers up: the one with most hits."""
+    return max(range(len(workload.trajectories)), key=lambda agent: workload.hit_tokens(agent, 0, PAGE_TOKENS))
+
+
 def store_bytes(settings: Settings, workload: Workload, kv_bytes: int) -> int:
     """Capacity of one system's store: contexts, and what every repetition writes back."""
     plays = settings.repetitions * settings.passes
@@ -100,9 +105,9 @@ def store_bytes(settings: Settings, workload: Workload, kv_bytes: int) -> int:
         plays = settings.passes * settings.trial_steps
     # The requests that warm servers up end differently each time, too.
     warm_ups = 2 * max(settings.prefill_servers, settings.decode_servers) + 1
-    new_tokens = max(round_.prompt_tokens + 2 * PAGE_TOKENS - workload.hit_tokens(agent, 0, PAGE_TOKENS)
-                     for agent, trajectory in enumerate(workload.trajectories)
-                     for round_ in trajectory.rounds[:1])  # fmt: skip
+    agent = warm_up_agent(workload)
+    prompt_tokens = workload.trajectories[agent].rounds[0].prompt_tokens
+    new_tokens = prompt_tokens - workload.hit_tokens(agent, 0, PAGE_TOKENS) + 3 * PAGE_TOKENS
     tokens = workload.stored_tokens(plays, PAGE_TOKENS) + settings.repetitions * warm_ups * new_tokens
     return max(512 << 20, int(tokens * kv_bytes / _STORE_FILL_SHARE))
 

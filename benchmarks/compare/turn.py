@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from benchmarks.compare.sampler import Sampler, busy_share, busy_span_s
 from benchmarks.compare.schema import Repetition, Samples, Settings, Sustained
 from benchmarks.compare.sustained import search
-from benchmarks.compare.systems import is_dualpath, server_names
+from benchmarks.compare.systems import is_dualpath, server_names, warm_up_agent
 from benchmarks.compare.targets import Target
 from benchmarks.load.measures import Record, latencies
 from benchmarks.load.replay import Request, fill_requests_of, make_request, play_offline, play_poisson, requests_of
@@ -131,11 +131,10 @@ class Turns:
         prefill server's memory. Then caches are dropped, except the oracle's, which first gets every context.
         """
         servers = max(self.settings.prefill_servers, self.settings.decode_servers)
-        largest = max(range(len(self.workload.trajectories)),
-                      key=lambda agent: self.workload.hit_tokens(agent, 0, 1))  # fmt: skip
-        first = self.workload.trajectories[largest].rounds[0]
+        agent = warm_up_agent(self.workload)
+        first = self.workload.trajectories[agent].rounds[0]
         requests = [
-            make_request(0, 0, self.workload.prompt_ids(largest, 0, f"warm{number}.{index}"), first.generated_tokens)
+            make_request(0, 0, self.workload.prompt_ids(agent, 0, f"warm{number}.{index}"), first.generated_tokens)
             for index in range(2 * servers + 1)
         ]
         self._send(requests[:servers], in_flight=1)  # loads the context into every server

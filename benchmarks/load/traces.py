@@ -62,8 +62,13 @@ PAPER_ROWS: Mapping[str, PaperRow] = {
 
 def synthetic(shape: Shape) -> Workload:
     """Agents of the fixed setting: contexts of similar length, a few hundred tokens appended each round."""
+    grown = shape.rounds * (shape.appended_tokens + shape.generated_tokens)
+    most = shape.longest_tokens - grown  # prompts of the last round end at longest_tokens
+    contexts = (min(shape.contexts[0], most), min(shape.contexts[1], most))
+    if most < 1:
+        raise TraceError(f"{shape.rounds} rounds do not fit into {shape.longest_tokens} tokens: take fewer rounds.")
     trajectories = []
-    for agent, context in enumerate(_spread(shape.contexts, shape.agents)):
+    for agent, context in enumerate(_spread(contexts, shape.agents)):
         trajectories.append(
             grow([Piece(f"a{agent}/context", context)], agent=f"a{agent}", rounds=shape.rounds,
                  appended_tokens=shape.appended_tokens, generated_tokens=shape.generated_tokens)
