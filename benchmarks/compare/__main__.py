@@ -21,6 +21,7 @@ from benchmarks.load.traces import TraceError
 from benchmarks.testbed import TestbedError, missing_requirement
 
 COULD_NOT_RUN = 2
+_LEAST_WIDTH = 190  # of the table of systems: narrower terminals wrap lines, which is easier to read than cut numbers
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
@@ -55,7 +56,9 @@ def compare(
     """
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _terminated)
-    console = Console(highlight=False, width=None)
+    console = Console(highlight=False)
+    if console.width < _LEAST_WIDTH:
+        console = Console(highlight=False, width=_LEAST_WIDTH)
     try:
         if result is not None:
             measured = load_result(result)
@@ -146,9 +149,8 @@ def _publish(measured: Result, out: Path, console: Console) -> None:
     from benchmarks.compare.report import markdown
 
     save(measured, out / "result.json")
-    text = markdown(measured, draw(measured, out))
-    (out / "report.md").write_text(text)
-    console.print(Markdown(text))
+    (out / "report.md").write_text(markdown(measured, draw(measured, out)))
+    console.print(Markdown(markdown(measured)))
     console.print(f"{out / 'result.json'}, report.md and plots hold it all ({measured.total_s:.0f} s).")
 
 

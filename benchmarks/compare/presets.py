@@ -35,7 +35,10 @@ PRESETS: Mapping[str, Settings] = {
         pools=Pools(24_000, 1.75, 36_000, 1.2),
     ),
     "unbound": Settings("unbound", "offline", PAIR, snic_mbit=None, cnic_mbit=None),
-    "low_reuse": Settings("low_reuse", "offline", PAIR, low_reuse=True, agents=8, longest_tokens=6000),
+    "low_reuse": Settings(
+        "low_reuse", "offline", PAIR, low_reuse=True, agents=8, longest_tokens=6000,
+        pools=Pools(24_000, 4.0, 50_000, 1.9),
+    ),
     "lone": Settings(
         "lone", "offline", ("sgl_mc", "dualpath:split"), agents=4, in_flight_per_prefill=1, contexts=(7600, 7600),
         sample_s=0.05,

@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks.compare import systems
 from benchmarks.compare.schema import Repetition, Result, Settings, Sustained
 from benchmarks.compare.summary import summarise
-from benchmarks.compare.targets import DeployedTarget, Target, TestbedTarget
+from benchmarks.compare.targets import DeployedTarget, TestbedTarget
 from benchmarks.compare.turn import Say, Turns
 from benchmarks.load import traces
 from benchmarks.load.workload import Workload
@@ -87,12 +87,13 @@ def run_deployed(settings: Settings, deployment: Deployment, *, say: Say) -> Res
     start = time.monotonic()
     workload = workload_of(settings)
     link_bytes_per_s = None if deployment.link_mbit is None else deployment.link_mbit * 1e6 / 8
-    target: Target = DeployedTarget(deployment.router_url, deployment.servers, deployment.devices, link_bytes_per_s)
+    target = DeployedTarget(deployment.router_url, deployment.servers, deployment.devices, link_bytes_per_s)
     repetitions: list[Repetition] = []
     sustained: dict[str, Sustained] = {}
     _describe(settings, workload, say)
-    _take_turns([Turns(settings.systems[0], target, settings, workload, say)], settings, repetitions, sustained, say,
-                keep_servers=True)  # fmt: skip
+    turns = [Turns(settings.systems[0], target, settings, workload, say)]
+    with contextlib.closing(target):
+        _take_turns(turns, settings, repetitions, sustained, say, keep_servers=True)
     return summarise(settings, workload, repetitions, sustained=sustained, versions=versions(),
                      total_s=round(time.monotonic() - start, 1))  # fmt: skip
 

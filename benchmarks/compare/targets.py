@@ -180,3 +180,8 @@ class DeployedTarget:
 
     def process_groups(self) -> dict[str, list[int]]:
         return {}
+
+    def close(self) -> None:
+        """Close connections; servers go on."""
+        for client in self._clients.values():
+            client.close()

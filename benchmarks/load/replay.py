@@ -10,6 +10,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import aiohttp
 import msgspec
@@ -52,7 +53,7 @@ class _Meta(msgspec.Struct):
 
 class _Event(msgspec.Struct):
     meta_info: _Meta | None = None
-    error: msgspec.Raw | None = None
+    error: Any = None
 
 
 _decoder = msgspec.json.Decoder(_Event)
@@ -206,7 +207,7 @@ class _Sender:
                     continue
                 event = _decoder.decode(text[len(b"data:") :])
                 if event.error is not None:
-                    record.error = f"failed while streaming: {bytes(event.error)[:300].decode(errors='replace')}"
+                    record.error = f"failed while streaming: {str(event.error)[:300]}"
                     return
                 if event.meta_info is not None:
                     _take(record, event.meta_info, self.now_s())

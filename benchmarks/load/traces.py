@@ -213,7 +213,8 @@ def conversations(lines: Iterator[bytes], shape: Shape, *, name: str) -> Workloa
     window = fitting[: shape.agents]
     if len(window) < shape.agents:
         raise TraceError(f"{name} has too few requests of fitting length for {shape.agents} agents: take fewer agents.")
-    scale = min(1.0, shape.longest_tokens / max(line.input_length + shape.generated_tokens for line in window))
+    most = shape.longest_tokens - shape.generated_tokens  # which are not scaled
+    scale = min(1.0, most / max(line.input_length for line in window))
     trajectories = []
     for index, line in enumerate(window):
         known = 0
@@ -275,7 +276,8 @@ def _session_files(path: Path) -> Iterator[tuple[str, bytes]]:
                 if file is not None and member.name.endswith(".json"):
                     yield member.name, file.read()
     except (OSError, tarfile.TarError, lzma.LZMAError, EOFError) as error:
-        raise TraceError(f"{path} cannot be read: {error}.") from error
+        kind = "archive" if ".tar" in path.name else "file"  # tarfile's own words take five lines
+        raise TraceError(f"{path} cannot be read: the {kind} is damaged or of another kind.") from error
 
 
 def _decode(content: bytes, kind: type[Any], otherwise: str) -> Any:
