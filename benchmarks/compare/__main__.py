@@ -91,7 +91,7 @@ def compare(
 
 
 def _settings(preset: str | None, changes: dict[str, Any], *, namespaces: bool, console: Console) -> Settings:
-    if preset not in PRESETS:
+    if preset is None or preset not in PRESETS:
         raise typer.BadParameter(f"Name a preset with --preset: {', '.join(PRESETS)}.")
     settings = PRESETS[preset]
     given = {name: value for name, value in changes.items() if value is not None}

@@ -51,27 +51,40 @@ def _typical(group: list[Repetition]) -> Repetition:
 
 
 def _links_over_time(result: Result) -> Figure | None:
-    """One row per system: storage links of its servers, read direction, as shares of the probed rate."""
+    """One row per system, of its typical repetition: storage links on the left, compute links on the right."""
     shown = [_typical(_group(result, system)) for system in result.systems if _group(result, system)]
     shown = [repetition for repetition in shown if repetition.probe_bytes_per_s and len(repetition.samples.times_s) > 2]
     if not shown:
         return None
-    figure = Figure(figsize=(9, 1.1 + 1.7 * len(shown)), layout="constrained")
-    rows = figure.subplots(len(shown), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
-    for axes, repetition in zip(rows, shown, strict=True):
-        for number, (node, full) in enumerate(repetition.probe_bytes_per_s.items()):
-            times, shares = _rate_series(repetition, f"{node}/storage/rx", full)
-            axes.plot(times, shares, color=_COLOURS[number % len(_COLOURS)], label=node, linewidth=1.4)
-        for start_s, end_s in repetition.windows_s:
-            axes.axvspan(start_s, end_s, color="#000000", alpha=0.04, linewidth=0)
-        axes.set_ylim(0, 1.15)
-        axes.set_yticks([0, 0.5, 1], ["0", "50 %", "100 %"])
-        axes.set_title(repetition.system, loc="left", fontsize=10)
-        axes.grid(axis="y", alpha=0.3)
-        axes.legend(loc="upper right", fontsize=8, ncols=4, frameon=False)
-    rows[-1].set_xlabel("seconds since the first request (grey: requests in flight)")
-    figure.suptitle("Reads through each storage NIC, of what plain TCP gets through it", fontsize=11)
+    cnic_bytes_per_s = None if result.settings.cnic_mbit is None else result.settings.cnic_mbit * 1e6 / 8
+    columns = 1 if cnic_bytes_per_s is None else 2
+    figure = Figure(figsize=(6.5 * columns, 1.2 + 1.7 * len(shown)), layout="constrained")
+    grid = figure.subplots(len(shown), columns, sharex=True, sharey=True, squeeze=False)
+    for row, repetition in zip(grid, shown, strict=True):
+        rates = repetition.probe_bytes_per_s
+        _draw_links(row[0], repetition, {f"{node}/storage/rx": rate for node, rate in rates.items()})
+        row[0].set_title(f"{repetition.system}: storage NICs", loc="left", fontsize=10)
+        if cnic_bytes_per_s is not None:
+            _draw_links(row[1], repetition, {f"{node}/compute/rx": cnic_bytes_per_s for node in rates})
+            row[1].set_title(f"{repetition.system}: compute NICs", loc="left", fontsize=10)
+    for axes in grid[-1]:
+        axes.set_xlabel("seconds since the first request (grey: requests in flight)")
+    figure.suptitle("What each node received: storage as share of plain TCP, compute as share of its rate", fontsize=11)
     return figure
+
+
+def _draw_links(axes: Axes, repetition: Repetition, full_bytes_per_s: dict[str, float]) -> None:
+    """One line per link, in the order of nodes; windows in which requests were in flight are grey."""
+    for number, (link, full) in enumerate(full_bytes_per_s.items()):
+        times, shares = _rate_series(repetition, link, full)
+        label = link.partition("/")[0]
+        axes.plot(times, shares, color=_COLOURS[number % len(_COLOURS)], label=label, linewidth=1.4)
+    for start_s, end_s in repetition.windows_s:
+        axes.axvspan(start_s, end_s, color="#000000", alpha=0.04, linewidth=0)
+    axes.set_ylim(0, 1.25)
+    axes.set_yticks([0, 0.5, 1], ["0", "50 %", "100 %"])
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(loc="upper right", fontsize=8, ncols=4, frameon=False)
 
 
 def _rate_series(repetition: Repetition, link: str, full_bytes_per_s: float) -> tuple[np.ndarray, np.ndarray]:

@@ -58,7 +58,8 @@ def cluster_spec(system: str, settings: Settings, workload: Workload, model: Pat
     prefill_tokens, prefill_ratio = pools.prefill_tokens, pools.prefill_ratio
     if system == "oracle":
         prefill_tokens, prefill_ratio = oracle_pool_tokens(settings, workload), 1.1
-    connector, flags = None, ()
+    connector: str | None = None
+    flags: tuple[str, ...] = ()
     if is_dualpath(system):
         connector, flags = "dualpath", ("--dualpath-policy", system.removeprefix("dualpath:"))
     elif system == "sgl_mc_default":
