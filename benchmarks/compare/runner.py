@@ -19,7 +19,7 @@ from benchmarks.compare.targets import DeployedTarget, TestbedTarget
 from benchmarks.compare.turn import Say, Turns
 from benchmarks.load import traces
 from benchmarks.load.workload import Workload
-from benchmarks.testbed import Cluster, RequirementError, missing_requirement, speed_model
+from benchmarks.testbed import Cluster, RequirementError, TestbedError, missing_requirement, speed_model
 from benchmarks.testbed.cluster import available_bytes
 from benchmarks.testbed.store import REPOSITORY
 
@@ -74,8 +74,8 @@ def run(settings: Settings, *, out: Path, say: Say, keep_servers: bool = False) 
             log_dir = out / "logs" / system.replace(":", "-")
             cluster = stack.enter_context(Cluster(spec, log_dir=log_dir, say=lambda _: None, suspended=True))
             turns.append(Turns(system, TestbedTarget(cluster), settings, workload, say))
-        _take_turns(turns, settings, repetitions, sustained, say, keep_servers=keep_servers)
-    return summarise(settings, workload, repetitions, sustained=sustained, versions=versions(),
+        failure = _take_turns(turns, settings, repetitions, sustained, say, keep_servers=keep_servers)
+    return summarise(settings, workload, repetitions, sustained=sustained, versions=versions(), failure=failure,
                      total_s=round(time.monotonic() - start, 1))  # fmt: skip
 
 
@@ -93,8 +93,8 @@ def run_deployed(settings: Settings, deployment: Deployment, *, say: Say) -> Res
     _describe(settings, workload, say)
     turns = [Turns(settings.systems[0], target, settings, workload, say)]
     with contextlib.closing(target):
-        _take_turns(turns, settings, repetitions, sustained, say, keep_servers=True)
-    return summarise(settings, workload, repetitions, sustained=sustained, versions=versions(),
+        failure = _take_turns(turns, settings, repetitions, sustained, say, keep_servers=True)
+    return summarise(settings, workload, repetitions, sustained=sustained, versions=versions(), failure=failure,
                      total_s=round(time.monotonic() - start, 1))  # fmt: skip
 
 
@@ -114,17 +114,24 @@ def versions() -> dict[str, str]:
 def _take_turns(
     turns: list[Turns], settings: Settings, repetitions: list[Repetition], sustained: dict[str, Sustained], say: Say,
     *, keep_servers: bool,
-) -> None:  # fmt: skip
+) -> str | None:  # fmt: skip
+    """What ended the run early, if anything was measured before: half an hour's work is kept, as an invalid result."""
     for number in range(settings.repetitions):
         for turn in turns:
-            if settings.mode == "online":
-                sustained[turn.system] = turn.sustained()
-                say(f"{turn.system}: sustains {sustained[turn.system].agents_per_s:.3f} agents/s")
-                continue
-            last = number + 1 == settings.repetitions
-            repetition = turn.play(number, keep=keep_servers and not last)
+            try:
+                if settings.mode == "online":
+                    sustained[turn.system] = turn.sustained()
+                    say(f"{turn.system}: sustains {sustained[turn.system].agents_per_s:.3f} agents/s")
+                    continue
+                last = number + 1 == settings.repetitions
+                repetition = turn.play(number, keep=keep_servers and not last)
+            except TestbedError as error:
+                if not repetitions and not sustained:
+                    raise
+                return f"the run ended early, in repetition {number + 1} of {turn.system}: {error}"
             repetitions.append(repetition)
             say(_spoken(repetition))
+    return None
 
 
 def _spoken(repetition: Repetition) -> str:

@@ -38,12 +38,15 @@ def summarise(
     sustained: Mapping[str, Sustained],
     versions: Mapping[str, str],
     total_s: float,
+    failure: str | None = None,
 ) -> Result:
-    """The result of a run. It is invalid when a required check does not hold."""
+    """The result of a run. It is invalid when a required check does not hold, or `failure` ended it early."""
     played: dict[str, list[Repetition]] = {}
     for repetition in repetitions:
         played.setdefault(repetition.system, []).append(repetition)
     checks = _checks(settings, workload, played)
+    if failure is not None:
+        checks.append(Check(False, failure))
     reasons = [check.says for check in checks if check.required and not check.holds]
     systems = [system for system in settings.systems if system in played or system in sustained]
     return Result(

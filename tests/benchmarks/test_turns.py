@@ -186,3 +186,18 @@ def test_two_clusters_of_one_process_have_records_of_their_own(tmp_path: Path) -
         assert one._state.path != two._state.path
         assert one._state.path.exists()
     assert not two._state.path.exists()
+
+
+def test_what_was_measured_before_servers_failed_is_kept_as_invalid(
+    server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flush = server.flushes
+
+    def fail_later(event: dict[str, Any]) -> dict[str, Any]:
+        # The second repetition's requests that warm servers up come after the first one's four flushes of two servers.
+        return {"error": "gone"} if server.flushes - flush >= 8 else event
+
+    server.change = fail_later
+    result = run_small(server, monkeypatch)
+    assert [repetition.number for repetition in result.repetitions] == [0]
+    assert any("ended early, in repetition 2 of dualpath:split" in reason for reason in result.reasons)
