@@ -63,9 +63,12 @@ class Cluster:
     """A running cluster. Everything it made is gone after the `with` block, also when coming up has failed.
 
     `log_dir` receives one log per process and stays. `say` is given lines for a user: the memory budget, what comes up.
+    A `suspended` cluster comes up with its network and store alone; `resume` then starts servers and router.
     """
 
-    def __init__(self, spec: ClusterSpec, *, log_dir: Path, say: Callable[[str], None] = print) -> None:
+    def __init__(
+        self, spec: ClusterSpec, *, log_dir: Path, say: Callable[[str], None] = print, suspended: bool = False
+    ) -> None:
         labels = [server.label for server in spec.servers]
         if len(set(labels)) != len(labels) or STORE_NODE in labels:
             raise ValueError(f"server names must differ from each other and from {STORE_NODE!r}: {labels}")
@@ -76,21 +79,23 @@ class Cluster:
         self.clients: dict[str, Client] = {}
         self.network: Network | None = None
         self.store: Store | None = None
+        self.running = False
         self._say = say
         self._ports = PortPicker()
+        self._begin_suspended = suspended
 
     def __enter__(self) -> Cluster:
         clean_up_dead_runs()
-        self._check_memory()
+        if not self._begin_suspended:
+            self._check_memory()
         self._state = RunState.new()
         self._processes = Processes(self.log_dir, self._state)
         try:
             if self.spec.network is not None:
                 self._start_network(self.spec.network)
             self.store = self._start_store()
-            self._start_servers()
-            if self.spec.router is not None:
-                self._start_router(self.spec.router)
+            if not self._begin_suspended:
+                self.resume()
         except BaseException:
             self.close()
             raise
@@ -113,6 +118,29 @@ class Cluster:
             for directory in self._state.directories:
                 shutil.rmtree(directory, ignore_errors=True)
             self._state.discard()
+
+    def resume(self) -> None:
+        """Start servers and router, with empty caches, on the network and the store that are up. Nothing if they run.
+
+        Raises ProcessError when one does not come up; `close` then still ends all of them.
+        """
+        if self.running:
+            return
+        self._start_servers()
+        if self.spec.router is not None:
+            self._start_router(self.spec.router)
+        self.running = True
+
+    def suspend(self) -> None:
+        """End servers and router; network and store stay, with all that the store holds. Nothing if none runs."""
+        with uninterrupted():
+            for client in self.clients.values():
+                client.close()
+            self.clients.clear()
+            for names in (["router"], self.names):
+                processes = [self.processes.pop(name) for name in names if name in self.processes]
+                self._processes.stop_all(processes)
+            self.running = False
 
     @property
     def names(self) -> list[str]:
@@ -168,6 +196,23 @@ class Cluster:
     def server_log(self, name: str) -> str:
         """All that a server (or "router") has logged so far."""
         return self.processes[name].log()
+
+    @property
+    def router_url(self) -> str:
+        return self.clients["router"].base_url
+
+    def process_groups(self) -> dict[str, list[int]]:
+        """Process ids of everything that runs, the store included, by name."""
+        return {process.name: process.members() for process in self._processes.started}
+
+    def start_in_node(self, name: str, node: str, command: Sequence[str]) -> Process:
+        """Start a program of the caller's in a node; it ends with the cluster if it was not stopped before."""
+        namespace = self.network.nodes[node].namespace if self.network is not None else None
+        return self._processes.start(name, command, env=clean_environment(os.environ), namespace=namespace)
+
+    def stop(self, processes: Sequence[Process]) -> None:
+        """End programs that `start_in_node` started."""
+        self._processes.stop_all(processes)
 
     def restart(self, name: str, *, extra_env: Mapping[str, str] | None = None) -> None:
         """Start a server anew at the same place, with `extra_env` this once, ending the old one first if it lives."""

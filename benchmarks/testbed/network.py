@@ -181,6 +181,23 @@ class Network:
             result[node, network, "tx"] = int(statistics[port]["rx"]["bytes"])
         return result
 
+    @property
+    def fabric(self) -> str:
+        """Namespace with the fabric's ends of all links: `ports` says which is which."""
+        return self._fabric
+
+    @property
+    def ports(self) -> dict[tuple[str, NetworkName], str]:
+        """The fabric's end of each node's link: its device name in the namespace `fabric`."""
+        return dict(self._ports)
+
+    def set_shaped(self, shaped: bool) -> None:
+        """Give all links of shaped nodes the spec's rates, or none, while they are in use."""
+        for node in self._specs:
+            for network in node.networks if node.shaped else ():
+                rate = self.spec.snic_bits_per_s if network == "storage" else self.spec.cnic_bits_per_s
+                self.reshape(node.name, network, rate if shaped else None)
+
     def reshape(self, node: str, network: NetworkName, rate_bits_per_s: int | None) -> None:
         """Change one link's rate in both directions while it is in use; None removes the limit."""
         namespace = self.nodes[node].namespace

@@ -139,6 +139,15 @@ class Processes:
         """End one process group: SIGTERM, wait, SIGKILL."""
         self._stop([process], grace_s=grace_s)
 
+    @property
+    def started(self) -> list[Process]:
+        """All that were started and not ended, in the order of their start."""
+        return list(self._started)
+
+    def stop_all(self, processes: Sequence[Process], *, grace_s: float = GRACE_S) -> None:
+        """End several process groups together."""
+        self._stop(list(processes), grace_s=grace_s)
+
     def close(self, *, grace_s: float = GRACE_S) -> None:
         """End all of them, the last started first; neighbours of one stage together."""
         newest_first = list(reversed(self._started))

@@ -76,8 +76,9 @@ class RunState:
     def new() -> RunState:
         """A record with a name that no other run has (prefix, process id, two random characters)."""
         pid = os.getpid()
-        name = f"{PREFIX}{_base36(pid)}{secrets.token_hex(1)}"
-        state = RunState(name, pid, start_ticks(pid) or 0)
+        state = RunState(f"{PREFIX}{_base36(pid)}{secrets.token_hex(1)}", pid, start_ticks(pid) or 0)
+        while state.path.exists():  # one process may have several clusters up
+            state.name = f"{PREFIX}{_base36(pid)}{secrets.token_hex(1)}"
         state._save()
         return state
 

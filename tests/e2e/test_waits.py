@@ -68,11 +68,12 @@ def storm(servers: tuple[ServerSpec, ServerSpec], model: Path, prompts: Prompts,
 def storms(model_path: Callable[[Model], Path]) -> Mapping[str, Storm]:
     source = random.Random("waits")
     prompts = {f"prompt-{n}": source.choices(range(256), k=source.randrange(700, 1500)) for n in range(24)}
+    model = model_path("gqa")
     flags = {"extra_flags": ("--dualpath-chunk-bytes", "262144")}  # so that both sides get a part of such small reads
     found = {
         # With HiCache on its decode server, too, stock fails some of these requests: "Decode transfer failed".
-        "stock": storm(stock_pair(decode_hicache=False, **SETTINGS), model_path("gqa"), prompts, log_dir("waits-stock")),
-        "ours": storm(dualpath_pair(**SETTINGS, **flags), model_path("gqa"), prompts, log_dir("waits")),
+        "stock": storm(stock_pair(decode_hicache=False, **SETTINGS), model, prompts, log_dir("waits-stock")),
+        "ours": storm(dualpath_pair(**SETTINGS, **flags), model, prompts, log_dir("waits")),
     }
     seconds = {name: {"stall_s": storm.stall_s, "total_s": storm.total_s} for name, storm in found.items()}
     (log_dir("waits") / "stalls.json").write_text(json.dumps(seconds))

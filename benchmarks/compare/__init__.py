@@ -1,0 +1,1 @@
+"""Systems side by side in one run: `python -m benchmarks.compare --preset NAME --out DIR`."""

@@ -1,0 +1,129 @@
+"""A result as Markdown: one table of systems, one of ratios, and what held."""
+
+from __future__ import annotations
+
+from benchmarks.compare.schema import Ratios, Result
+from benchmarks.testbed import KV_BYTES_PER_TOKEN
+
+REFERENCES = ("sgl_mc", "sgl_mc_both", "dualpath:shorter_queue")  # what others are divided by in the report
+
+
+def markdown(result: Result, plots: tuple[str, ...] = ()) -> str:
+    """The whole report."""
+    settings = result.settings
+    verdict = "valid" if result.valid else "**INVALID: " + "; ".join(result.reasons) + "**"
+    links = "links without limit" if settings.snic_mbit is None else f"SNIC {settings.snic_mbit} Mbit/s"
+    if settings.cnic_mbit is not None:
+        links += f", CNIC {settings.cnic_mbit:,} Mbit/s"
+    if not settings.namespaces:
+        links = "no shaped links"
+    lines = [
+        f"# {settings.preset}: {settings.prefill_servers} prefill and {settings.decode_servers} decode servers",
+        "",
+        f"{links}; {settings.agents} agents x {settings.rounds} rounds x {settings.passes} passes, {settings.mode}, "
+        f"at most {settings.in_flight} requests in flight, "
+        f"trace: {settings.trace or ('synthetic, low reuse' if settings.low_reuse else 'synthetic')}; "
+        f"{settings.repetitions} interleaved repetitions, medians, 95 % bootstrap intervals. The run is {verdict}.",
+        "",
+        *_systems(result),
+        "",
+        f"Read time: {result.read_time_method}. Storage links: share of what a plain TCP transfer got through the same "
+        "link just before, in the middle 80 % of the run. Read: payload per hit byte, by DualPath's own counters where "
+        "it runs and by the links elsewhere. Written: everything the servers sent to storage, also after the job.",
+        "",
+        *_ratios(result),
+        *_sustained(result),
+        "## What was checked",
+        "",
+        *(f"- {'yes' if check.holds else '**no**'}: {check.says}{'' if check.required else ' (for information)'}"
+          for check in result.checks),
+        "",
+        *(f"![{name.removesuffix('.png').replace('_', ' ')}]({name})" for name in plots),
+        "",
+        "Versions: " + ", ".join(f"{name} {version}" for name, version in result.versions.items()) + ".",
+    ]  # fmt: skip
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _systems(result: Result) -> list[str]:
+    rows = [
+        "| system | job s | tokens/s | of its link limit | of oracle | TTFT p50 / p99 s | TTST p50 s | TPOT p50 ms "
+        "| read mean / p50 s | storage links busy | read | written MB | hit GB | cores busy |",
+        "|---|" + "---:|" * 13,
+    ]
+    for system, measured in result.measured.items():
+        limit = result.throughput_limit_tokens_per_s.get(system)
+        share = None if not limit else measured.throughput_tokens_per_s / limit
+        busy = ", ".join(f"{name} {value:.0%}" for name, value in result.snic_busy.get(system, {}).items())
+        written = result.bytes_written.get(system)
+        rows.append(
+            f"| {system} | {measured.jct_s:.1f} | {measured.throughput_tokens_per_s:,.0f} | {_percent(share)} "
+            f"| {_percent(result.oracle_share.get(system))} "
+            f"| {_number(measured.ttft_p50_s)} / {_number(measured.ttft_p99_s)} | {_number(measured.ttst_p50_s)} "
+            f"| {_number(measured.tpot_p50_s, 1000, 0)} "
+            f"| {_number(measured.read_mean_s)} / {_number(measured.read_p50_s)} | {busy or '-'} "
+            f"| {_number(result.read_amplification.get(system), 1, 3)} "
+            f"| {_number(None if written is None else float(written), 1e-6, 0)} "
+            f"| {result.hit_tokens[system] * KV_BYTES_PER_TOKEN / 1e9:.2f} | {result.cpu_busy[system]:.0%} |"
+        )
+    return rows
+
+
+def _ratios(result: Result) -> list[str]:
+    rows = []
+    for below in REFERENCES:
+        for above in result.systems:
+            ratios = result.ratios.get(f"{above}/{below}")
+            if ratios is not None:
+                rows.append(_ratio_row(above, below, ratios))
+    if not rows:
+        return []
+    return [
+        "## Ratios",
+        "",
+        "| | throughput | job time | read mean | read p50 | TTFT p50 | TTFT p99 | TPOT p50 |",
+        "|---|" + "---:|" * 7,
+        *rows,
+        "",
+    ]
+
+
+def _ratio_row(above: str, below: str, ratios: Ratios) -> str:
+    return (
+        f"| {above} / {below} | {_number(ratios.throughput)}{_interval(ratios.throughput_ci)} | {_number(ratios.jct)} "
+        f"| {_number(ratios.read_mean)}{_interval(ratios.read_mean_ci)} | {_number(ratios.read_p50)} "
+        f"| {_number(ratios.ttft_p50)} | {_number(ratios.ttft_p99)} | {_number(ratios.tpot_p50)} |"
+    )
+
+
+def _sustained(result: Result) -> list[str]:
+    if not result.sustained:
+        return []
+    slo = result.settings.slo
+    rows = [
+        f"| {system} | {found.agents_per_s:.3f} "
+        f"| {', '.join(f'{trial.agents_per_s:.3f}: {trial.share_within:.0%}' for trial in found.trials)} |"
+        for system, found in result.sustained.items()
+    ]
+    return [
+        "## Largest sustained rate",
+        "",
+        f"At least {slo.share:.0%} of requests with TTFT up to {slo.ttft_s:g} s, TPOT up to {slo.tpot_s * 1000:g} ms.",
+        "",
+        "| system | agents per s | trials: share of requests within |",
+        "|---|---:|---|",
+        *rows,
+        "",
+    ]
+
+
+def _number(value: float | None, factor: float = 1.0, digits: int = 2) -> str:
+    return "-" if value is None else f"{value * factor:,.{digits}f}"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"
+
+
+def _interval(interval: tuple[float, float] | None) -> str:
+    return "" if interval is None else f" ({interval[0]:.2f} to {interval[1]:.2f})"

@@ -1,0 +1,229 @@
+"""From repetitions to a result: medians, ratios with their intervals, and whether the run counts."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+
+import msgspec
+
+from benchmarks.compare.schema import (
+    SCHEMA_VERSION,
+    Check,
+    Ratios,
+    Repetition,
+    Result,
+    Settings,
+    Sustained,
+)
+from benchmarks.compare.systems import SHOWN_ONLY, is_dualpath, reads_twice
+from benchmarks.compare.turn import read_time_method, storage_readers
+from benchmarks.load.measures import Latencies, bootstrap_ratio, median, ratio_of_medians
+from benchmarks.load.workload import Workload
+from benchmarks.testbed import KV_BYTES_PER_TOKEN, PAGE_TOKENS
+
+HIT_TOLERANCE = 0.005  # by which achieved hits may differ between systems
+LEAST_PAYLOAD, MOST_PAYLOAD = 0.98, 1.02  # of the hit bytes, that DualPath's own counters may have counted
+LEAST_LINK, MOST_LINK = 0.98, 1.06  # the same by the links, which see headers, queries and acknowledgements too
+
+BySystem = Mapping[str, Sequence[Repetition]]
+
+
+def summarise(
+    settings: Settings,
+    workload: Workload,
+    repetitions: Sequence[Repetition],
+    *,
+    sustained: Mapping[str, Sustained],
+    versions: Mapping[str, str],
+    total_s: float,
+    failure: str | None = None,
+) -> Result:
+    """The result of a run. It is invalid when a required check does not hold, or `failure` ended it early."""
+    played: dict[str, list[Repetition]] = {}
+    for repetition in repetitions:
+        played.setdefault(repetition.system, []).append(repetition)
+    checks = _checks(settings, workload, played)
+    if failure is not None:
+        checks.append(Check(False, failure))
+    reasons = [check.says for check in checks if check.required and not check.holds]
+    systems = [system for system in settings.systems if system in played or system in sustained]
+    return Result(
+        schema_version=SCHEMA_VERSION,
+        valid=not reasons,
+        reasons=reasons,
+        settings=settings,
+        versions=dict(versions),
+        read_time_method=read_time_method(settings),
+        systems=systems,
+        ratios={f"{above}/{below}": _ratios(played[above], played[below])
+                for above, below in itertools.permutations(played, 2)},
+        measured={system: _medians([repetition.measured for repetition in group])
+                  for system, group in played.items()},
+        snic_busy={system: _median_dict(group, lambda repetition: repetition.snic_busy)
+                   for system, group in played.items()},
+        link_bytes={system: {name: round(value) for name, value in
+                             _median_dict(group, lambda repetition: repetition.link_bytes).items()}
+                    for system, group in played.items()},
+        read_amplification={system: median([_amplification(repetition) for repetition in group])
+                            for system, group in played.items()},
+        link_read_amplification={system: median([_link_amplification(repetition) for repetition in group])
+                                 for system, group in played.items()},
+        bytes_written={system: _rounded(median([repetition.written_bytes for repetition in group]))
+                       for system, group in played.items()},
+        hit_tokens={system: round(statistics.median(repetition.hit_tokens for repetition in group))
+                    for system, group in played.items()},
+        failed={system: sum(repetition.failed for repetition in group) for system, group in played.items()},
+        cpu_busy={system: statistics.median(repetition.cpu_busy for repetition in group)
+                  for system, group in played.items()},
+        oracle_share={system: ratio_of_medians(_throughputs(group), _throughputs(played.get("oracle", [])))
+                      for system, group in played.items()},
+        throughput_limit_tokens_per_s={system: _limit(settings, system, group) for system, group in played.items()},
+        sustained=dict(sustained),
+        probe_bytes_per_s=_median_dict(repetitions, lambda repetition: repetition.probe_bytes_per_s),
+        checks=checks,
+        repetitions=list(repetitions),
+        total_s=total_s,
+    )  # fmt: skip
+
+
+def _checks(settings: Settings, workload: Workload, played: BySystem) -> list[Check]:
+    checks = []
+    expected = settings.passes * workload.total_hit_tokens(PAGE_TOKENS)
+    for system, group in played.items():
+        required = system not in SHOWN_ONLY
+        failed = sum(repetition.failed for repetition in group)
+        errors = [record.error for repetition in group for record in repetition.records if record.error is not None]
+        first = f" (first: {errors[0]})" if errors else ""
+        checks.append(Check(failed == 0, f"{system}: {failed} requests failed{first}", required))
+        lost = min(repetition.hit_tokens for repetition in group) / max(1, expected)
+        checks.append(
+            Check(lost >= 1 - HIT_TOLERANCE, f"{system}: at least {lost:.4f} of the expected hit tokens were hits",
+                  required and not settings.low_reuse)
+        )  # fmt: skip
+    compared = {system: [repetition.hit_tokens for repetition in group]
+                for system, group in played.items() if system not in SHOWN_ONLY}  # fmt: skip
+    if len(compared) > 1:
+        hits = [value for values in compared.values() for value in values]
+        apart = (max(hits) - min(hits)) / max(1, max(hits))
+        checks.append(Check(apart <= HIT_TOLERANCE, f"hit tokens of all systems and repetitions are within {apart:.4f} "
+                            f"of each other (at most {HIT_TOLERANCE})"))  # fmt: skip
+    byte_checks = settings.preset == "smoke"
+    for system, group in played.items():
+        for says, value, low, high in _byte_shares(system, group):
+            holds = low <= value <= high
+            checks.append(Check(holds, f"{system}: {says} {value:.3f} times the hit bytes ({low} to {high})",
+                                byte_checks and system != "oracle"))  # fmt: skip
+    return checks
+
+
+def _byte_shares(system: str, group: Sequence[Repetition]) -> list[tuple[str, float, float, float]]:
+    if system == "oracle" or system in SHOWN_ONLY:
+        return []
+    shares = []
+    counted = median([_amplification(repetition) for repetition in group])
+    if is_dualpath(system) and counted is not None:
+        shares.append(("servers counted reads of", counted, LEAST_PAYLOAD, MOST_PAYLOAD))
+    carried = median([_link_amplification(repetition) for repetition in group])
+    if carried is not None:
+        times = 2.0 if reads_twice(system) else 1.0
+        shares.append(("storage links carried", carried, LEAST_LINK, times * MOST_LINK))
+    return shares
+
+
+def _amplification(repetition: Repetition) -> float | None:
+    """Payload read per hit byte: by DualPath's counters where there are any, else by the links."""
+    if not is_dualpath(repetition.system):
+        return _link_amplification(repetition)
+    return _per_hit_byte(sum(repetition.counted_read_bytes.values()), repetition)
+
+
+def _link_amplification(repetition: Repetition) -> float | None:
+    return None if repetition.read_bytes is None else _per_hit_byte(repetition.read_bytes, repetition)
+
+
+def _per_hit_byte(count: int, repetition: Repetition) -> float | None:
+    hit_bytes = repetition.hit_tokens * KV_BYTES_PER_TOKEN
+    return count / hit_bytes if hit_bytes else None
+
+
+def _ratios(above: Sequence[Repetition], below: Sequence[Repetition]) -> Ratios:
+    def ratio(value: Callable[[Latencies], float | None]) -> float | None:
+        return ratio_of_medians([value(one.measured) for one in above], [value(one.measured) for one in below])
+
+    read = [[one.measured.read_mean_s for one in side if one.measured.read_mean_s is not None]
+            for side in (above, below)]  # fmt: skip
+    return Ratios(
+        throughput=ratio(lambda one: one.throughput_tokens_per_s),
+        throughput_ci=bootstrap_ratio(_throughputs(above), _throughputs(below)),
+        jct=ratio(lambda one: one.jct_s),
+        read_p50=ratio(lambda one: one.read_p50_s),
+        read_mean=ratio(lambda one: one.read_mean_s),
+        read_mean_ci=bootstrap_ratio(read[0], read[1]) if all(read[1]) else None,
+        ttft_p50=ratio(lambda one: one.ttft_p50_s),
+        ttft_p99=ratio(lambda one: one.ttft_p99_s),
+        tpot_p50=ratio(lambda one: one.tpot_p50_s),
+    )
+
+
+def _throughputs(group: Sequence[Repetition]) -> list[float]:
+    return [repetition.measured.throughput_tokens_per_s for repetition in group]
+
+
+def _limit(settings: Settings, system: str, group: Sequence[Repetition]) -> float | None:
+    """Tokens per second, when all that is read comes at the probed rate of every link the system can use at once."""
+    readers = storage_readers(system, settings)
+    limits = []
+    for repetition in group:
+        rate = sum(repetition.probe_bytes_per_s.get(name, 0.0) for name in readers)
+        tokens = sum(record.prompt_tokens + record.output_tokens for record in repetition.records)
+        hit_bytes = repetition.hit_tokens * KV_BYTES_PER_TOKEN
+        if settings.snic_mbit is None or not rate or not hit_bytes:
+            return None
+        limits.append(tokens * rate / hit_bytes)
+    return median(limits)
+
+
+def _medians(group: Sequence[Latencies]) -> Latencies:
+    values = {name: median([getattr(one, name) for one in group]) for name in Latencies.__struct_fields__}
+    return Latencies(**values)  # type: ignore[arg-type]
+
+
+def _median_dict(
+    group: Sequence[Repetition], of: Callable[[Repetition], Mapping[str, float]]
+) -> dict[str, float]:  # fmt: skip
+    names = sorted({name for repetition in group for name in of(repetition)})
+    found = {name: median([of(repetition).get(name) for repetition in group]) for name in names}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _rounded(value: float | None) -> int | None:
+    return None if value is None else round(value)
+
+
+def merge(results: Sequence[Result], workload: Workload) -> Result:
+    """Results of the same settings, each of other systems, as one: for systems that cannot run side by side.
+
+    Raises ValueError when they do not fit together.
+    """
+    first = results[0]
+    systems: list[str] = []
+    for result in results:
+        mine, theirs = _comparable(first.settings), _comparable(result.settings)
+        if mine != theirs:
+            raise ValueError(f"The runs differ in {', '.join(name for name in mine if mine[name] != theirs[name])}.")
+        systems += [system for system in result.systems if system not in systems]
+    return summarise(
+        msgspec.structs.replace(first.settings, systems=tuple(systems)), workload,
+        [repetition for result in results for repetition in result.repetitions],
+        sustained={name: found for result in results for name, found in result.sustained.items()},
+        versions=first.versions, total_s=sum(result.total_s for result in results),
+    )  # fmt: skip
+
+
+def _comparable(settings: Settings) -> dict[str, object]:
+    names = [name for name in Settings.__struct_fields__ if name not in {"systems", "repetitions"}]
+    return {name: getattr(settings, name) for name in names}
+
+

@@ -1,0 +1,40 @@
+"""The largest rate of arriving agents at which enough requests keep the objective on TTFT and TPOT, by bisection."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from benchmarks.compare.schema import Slo, Sustained, Trial
+from benchmarks.load.measures import Record, latencies
+
+
+def search(
+    play_at: Callable[[float, int], Sequence[Record]], *, slo: Slo, highest_per_s: float, steps: int
+) -> Sustained:
+    """Halves the range from 0 to `highest_per_s` `steps` times, assuming that a higher rate never helps.
+
+    `play_at(rate, trial)` plays all agents arriving at a rate per second. The answer is the largest rate that was seen
+    to hold (0 if none did), so it is below the true one by at most highest_per_s / 2**steps.
+    """
+    low, high = 0.0, highest_per_s
+    trials = []
+    for number in range(steps):
+        rate = (low + high) / 2
+        records = play_at(rate, number)
+        share = share_within(records, slo)
+        sustained = share >= slo.share
+        trials.append(Trial(rate, share, sustained, latencies(records)))
+        low, high = (rate, high) if sustained else (low, rate)
+    return Sustained(low, trials)
+
+
+def share_within(records: Sequence[Record], slo: Slo) -> float:
+    """Share of requests that kept both; a failed request kept neither. 0 of no requests."""
+    kept = [
+        record.error is None
+        and record.ttft_s is not None
+        and record.ttft_s <= slo.ttft_s
+        and (record.tpot_s is None or record.tpot_s <= slo.tpot_s)
+        for record in records
+    ]
+    return sum(kept) / len(kept) if kept else 0.0

@@ -1,0 +1,221 @@
+"""From repetitions to result.json, its report, and what CI makes of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from typer.testing import CliRunner
+
+from benchmarks.compare.__main__ import app
+from benchmarks.compare.baseline import below_ratio, regressions
+from benchmarks.compare.plots import draw
+from benchmarks.compare.report import markdown
+from benchmarks.compare.runner import workload_of
+from benchmarks.compare.schema import ResultError, Sustained, Trial, load_result, save
+from benchmarks.compare.summary import merge
+
+STOCK = [100.0, 102.0, 98.0, 101.0, 99.0]
+OURS = [51.0, 52.0, 50.0, 51.5, 50.5]
+
+
+@pytest.fixture
+def result(made: Any) -> Any:
+    return made.result({"sgl_mc": STOCK, "dualpath:split": OURS})
+
+
+def test_ratios_are_of_medians_for_every_pair_in_both_directions(result: Any) -> None:
+    assert set(result.ratios) == {"sgl_mc/dualpath:split", "dualpath:split/sgl_mc"}
+    ours = result.ratios["dualpath:split/sgl_mc"]
+    assert ours.throughput == pytest.approx(100 / 51)
+    assert ours.jct == pytest.approx(51 / 100)
+    assert ours.ttft_p50 == pytest.approx(1.0)
+    low, high = ours.throughput_ci
+    assert low <= 100 / 51 <= high
+
+
+def test_names_of_the_schema_are_those_that_were_promised(result: Any) -> None:
+    plain = msgspec.to_builtins(result)
+    assert {"throughput", "throughput_ci", "jct", "read_p50", "read_mean", "ttft_p50", "ttft_p99", "tpot_p50"} <= set(
+        plain["ratios"]["dualpath:split/sgl_mc"]
+    )
+    assert plain["snic_busy"]["sgl_mc"]["prefill"] == 0.97
+    promised = {"schema_version", "link_bytes", "read_amplification", "bytes_written", "hit_tokens", "failed",
+                "cpu_busy", "settings", "versions", "repetitions", "valid"}  # fmt: skip
+    assert promised <= set(plain)
+
+
+def test_a_result_survives_being_written_and_read(result: Any, tmp_path: Path) -> None:
+    save(result, tmp_path / "result.json")
+    again = load_result(tmp_path / "result.json")
+    assert again.settings == result.settings
+    assert len(again.repetitions) == 10
+    assert again.ratios["dualpath:split/sgl_mc"].throughput == pytest.approx(100 / 51, rel=1e-5)
+    save(again, tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_text() == (tmp_path / "result.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [("{", "is not a result"), ('{"schema_version": 99}', "schema version 99"), ("{}", "is not a result")],
+)
+def test_another_file_is_no_result(tmp_path: Path, content: str, says: str) -> None:
+    (tmp_path / "result.json").write_text(content)
+    with pytest.raises(ResultError, match=says):
+        load_result(tmp_path / "result.json")
+
+
+def test_a_run_of_equal_work_is_valid(result: Any) -> None:
+    assert result.valid, result.reasons
+    assert result.read_amplification["dualpath:split"] == pytest.approx(1.0)
+
+
+def test_a_failed_request_makes_a_run_invalid(made: Any) -> None:
+    result = made.result({"sgl_mc": STOCK, "dualpath:split": OURS}, failed=1)
+    assert not result.valid
+    assert "5 requests failed" in result.reasons[0]
+
+
+def test_lost_hits_make_a_run_invalid(made: Any) -> None:
+    result = made.result({"sgl_mc": STOCK, "dualpath:split": OURS}, hit_tokens=made.hits * 99 // 100)
+    assert not result.valid
+    assert "expected hit tokens" in result.reasons[0]
+
+
+def test_systems_that_hit_differently_cannot_be_compared(made: Any) -> None:
+    result = made.result({"sgl_mc": STOCK})
+    ours = made.result({"dualpath:split": OURS}, hit_tokens=made.hits * 102 // 100)
+    joined = merge([result, ours], workload_of(made.settings))
+    assert not joined.valid
+    assert "hit tokens of all systems" in joined.reasons[0]
+
+
+def test_the_default_prefetch_policy_may_lose_hits(made: Any) -> None:
+    shown = made.result({"sgl_mc_default": STOCK}, hit_tokens=1000, failed=2)
+    joined = merge([made.result({"sgl_mc": STOCK}), shown], workload_of(made.settings))
+    assert joined.valid, joined.reasons
+
+
+def test_results_of_other_settings_are_not_joined(made: Any) -> None:
+    one = made.result({"sgl_mc": STOCK})
+    made.settings = msgspec.structs.replace(made.settings, snic_mbit=400)
+    with pytest.raises(ValueError, match="differ in snic_mbit"):
+        merge([one, made.result({"dualpath:split": OURS})], workload_of(made.settings))
+
+
+def test_the_limit_of_a_system_is_that_of_the_links_it_may_read_through(result: Any) -> None:
+    limits = result.throughput_limit_tokens_per_s
+    assert limits["dualpath:split"] == pytest.approx(2 * limits["sgl_mc"])
+
+
+def test_the_share_of_the_oracle_is_that_of_throughput(made: Any) -> None:
+    result = made.result({"dualpath:split": OURS, "oracle": [40.8] * 5})
+    assert result.oracle_share["dualpath:split"] == pytest.approx(0.8)
+    assert made.result({"dualpath:split": OURS}).oracle_share["dualpath:split"] is None
+
+
+def test_one_repetition_has_no_interval(made: Any) -> None:
+    result = made.result({"sgl_mc": [100.0], "dualpath:split": [51.0]})
+    assert result.ratios["dualpath:split/sgl_mc"].throughput_ci is None
+
+
+def test_the_same_result_is_no_regression(result: Any) -> None:
+    assert regressions(result, result) == []
+
+
+def test_a_lower_ratio_beyond_its_interval_is_a_regression(made: Any, result: Any) -> None:
+    worse = made.result({"sgl_mc": STOCK, "dualpath:split": [1.2 * value for value in OURS]})
+    assert "dualpath:split/sgl_mc" in regressions(worse, result)[0]
+    assert regressions(result, worse) == []
+
+
+def test_a_lower_ratio_within_a_wide_interval_is_none(made: Any, result: Any) -> None:
+    noisy = made.result({"sgl_mc": STOCK, "dualpath:split": [40.0, 45.0, 57.0, 62.0, 70.0]})
+    assert regressions(noisy, result) == []
+
+
+def test_a_baseline_of_other_settings_says_so(made: Any, result: Any) -> None:
+    made.settings = msgspec.structs.replace(made.settings, snic_mbit=400)
+    other = made.result({"sgl_mc": STOCK, "dualpath:split": OURS})
+    assert "other settings (snic_mbit)" in regressions(other, result)[0]
+
+
+def test_a_baseline_of_other_systems_is_not_passed_silently(made: Any, result: Any) -> None:
+    assert "no system in common" in regressions(made.result({"sgl_mc": STOCK}), result)[0]
+
+
+def test_the_least_ratio_is_asked_of_the_lower_end(result: Any) -> None:
+    low = result.ratios["dualpath:split/sgl_mc"].throughput_ci[0]
+    assert below_ratio(result, low - 0.01) == []
+    assert below_ratio(result, low + 0.01)
+
+
+def test_a_run_without_dualpath_is_below_any_ratio(made: Any) -> None:
+    assert below_ratio(made.result({"sgl_mc": STOCK}), 0.1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [([], 0), (["--baseline", "same.json"], 0), (["--min-ratio", "1.5"], 0), (["--min-ratio", "2.5"], 1),
+     (["--baseline", "better.json"], 1), (["--baseline", "missing.json"], 2)],
+)  # fmt: skip
+def test_exit_status(
+    made: Any, result: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], status: int
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("benchmarks.compare.plots.draw", lambda *_: ())
+    save(result, tmp_path / "same.json")
+    save(made.result({"sgl_mc": STOCK, "dualpath:split": [value / 1.5 for value in OURS]}), tmp_path / "better.json")
+    done = CliRunner().invoke(app, ["--result", "same.json", "--out", "out", *arguments])
+    assert done.exit_code == status, done.output
+
+
+def test_an_invalid_run_exits_with_1(made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.compare.plots.draw", lambda *_: ())
+    save(made.result({"sgl_mc": STOCK, "dualpath:split": OURS}, failed=1), tmp_path / "r.json")
+    done = CliRunner().invoke(app, ["--result", str(tmp_path / "r.json"), "--out", str(tmp_path)])
+    assert done.exit_code == 1
+    assert "invalid" in done.output
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--preset", "none"], [], ["--preset", "pair", "--systems", "sgl"],
+     ["--preset", "pair", "--trace", "nowhere.json"], ["--preset", "half_load", "--rounds", "2"],
+     ["--preset", "pair", "--router", "http://x", "--server", "prefill"],
+     ["--preset", "online", "--repetitions", "3"], ["--preset", "two_to_two", "--systems", "oracle"]],
+)  # fmt: skip
+def test_what_cannot_run_exits_with_2_and_a_sentence(tmp_path: Path, arguments: list[str]) -> None:
+    done = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path)])
+    assert done.exit_code == 2
+    assert "compare: " in done.output
+
+
+def test_the_report_names_every_system_and_what_was_checked(result: Any) -> None:
+    text = markdown(result, ("ttft.png",))
+    assert "| sgl_mc |" in text
+    assert "| dualpath:split / sgl_mc | 1.96 (" in text
+    assert "- yes: sgl_mc: 0 requests failed" in text
+    assert "(ttft.png)" in text
+
+
+def test_the_report_says_invalid_first(made: Any) -> None:
+    text = markdown(made.result({"sgl_mc": STOCK}, failed=1))
+    assert "**INVALID: sgl_mc: 5 requests failed" in text
+
+
+def test_pictures_are_drawn_of_what_is_there(made: Any, result: Any, tmp_path: Path) -> None:
+    assert draw(result, tmp_path) == ("nic_utilisation.png", "job_times.png", "read_time.png", "ttft.png")
+    for name in ("nic_utilisation.png", "ttft.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    bare = made.result({"sgl_mc": [9.0]}, probe_bytes_per_s={}, records=[])
+    assert draw(bare, tmp_path) == ("job_times.png",)
+
+
+def test_a_sustained_rate_is_reported_and_drawn(result: Any, tmp_path: Path) -> None:
+    trial = Trial(0.2, 0.95, True, result.measured["sgl_mc"])
+    result.sustained = {"sgl_mc": Sustained(0.2, [trial])}
+    assert "sustained_rate.png" in draw(result, tmp_path)
+    assert "| sgl_mc | 0.200 | 0.200: 95% |" in markdown(result)

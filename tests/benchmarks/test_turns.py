@@ -1,0 +1,203 @@
+"""A system's turn against servers that speak the protocol and have no model; systems and presets as they are built."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from benchmarks.compare import systems
+from benchmarks.compare.presets import PRESETS
+from benchmarks.compare.runner import Deployment, run_deployed, workload_of
+from benchmarks.compare.schema import Settings, Slo
+from benchmarks.compare.sustained import search, share_within
+from benchmarks.load.measures import Record
+from benchmarks.testbed import PAGE_TOKENS, Cluster, ClusterSpec
+
+SMALL = msgspec.structs.replace(
+    PRESETS["smoke"], systems=("dualpath:split",), agents=3, rounds=2, repetitions=2, contexts=(300, 400),
+    longest_tokens=800, appended_tokens=70, namespaces=False, sample_s=0.05,
+)  # fmt: skip
+
+
+def deployment(server: Any) -> Deployment:
+    return Deployment(server.url, {"prefill": server.url, "decode": server.url}, {"prefill/storage": "lo"}, 200)
+
+
+def run_small(server: Any, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Any:
+    monkeypatch.setattr("benchmarks.compare.turn._SETTLE_S", 0.0)
+    settings = msgspec.structs.replace(SMALL, **changes)
+    return run_deployed(settings, deployment(server), say=lambda _: None)
+
+
+def test_a_turn_measures_every_round_of_every_agent(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = run_small(server, monkeypatch)
+    workload = workload_of(SMALL)
+    assert [len(repetition.records) for repetition in result.repetitions] == [6, 6]
+    assert result.failed == {"dualpath:split": 0}
+    assert result.hit_tokens["dualpath:split"] == workload.total_hit_tokens(PAGE_TOKENS)
+    for repetition in result.repetitions:
+        assert len(repetition.windows_s) == 2
+        assert repetition.measured.jct_s == pytest.approx(sum(end - begin for begin, end in repetition.windows_s))
+        second = [record for record in repetition.records if record.round == 1]
+        assert all(record.sent_s >= repetition.windows_s[1][0] for record in second)
+
+
+def test_misses_of_one_repetition_are_misses_of_the_next(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = run_small(server, monkeypatch).repetitions
+    assert first.hit_tokens == second.hit_tokens
+
+
+def test_servers_own_counters_are_added_up_over_the_measured_part(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = run_small(server, monkeypatch)
+    # Both servers of the deployment are the same process here, so each counted everything.
+    assert result.read_amplification["dualpath:split"] == pytest.approx(2.0)
+    assert not result.valid  # which the smoke preset takes for reading twice
+
+
+def test_caches_are_dropped_before_and_between_rounds(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_small(server, monkeypatch, repetitions=1)
+    # Of two servers: after filling, after warming up, between two rounds, after the job.
+    assert server.flushes == 2 * 4
+
+
+def test_a_failing_request_is_counted_with_those_never_sent(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = server.change
+    victims = {len(workload_of(SMALL).prompt_ids(0, 0, "0.0"))}
+    server.change = lambda event: (
+        {"error": "lost"} if event["meta_info"]["prompt_tokens"] in victims else plain(event)
+    )
+    monkeypatch.setattr("benchmarks.compare.turn.warm_up_agent", lambda workload: 1)
+    result = run_small(server, monkeypatch, repetitions=1)
+    assert result.failed == {"dualpath:split": 2}
+    assert not result.valid
+
+
+def test_poisson_reads_are_sent_at_a_share_of_the_links(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = {"mode": "poisson", "rounds": 1, "repetitions": 1, "passes": 3, "load": 1.0, "snic_mbit": 20_000}
+    result = run_small(server, monkeypatch, **changes)
+    assert len(result.repetitions[0].records) == 9
+
+
+def test_a_sustained_rate_is_searched(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = run_small(server, monkeypatch, mode="online", rounds=1, repetitions=1, trial_steps=2, snic_mbit=20_000)
+    found = result.sustained["dualpath:split"]
+    assert [trial.sustained for trial in found.trials] == [True, True]
+    assert found.agents_per_s == found.trials[1].agents_per_s > found.trials[0].agents_per_s
+
+
+def answered(ttft_s: float) -> Record:
+    return Record(0, 0, 0.0, ttft_s, ttft_s + 0.1, ttft_s + 0.2, prompt_tokens=1, output_tokens=3)
+
+
+def test_bisection_ends_below_the_true_rate_by_at_most_its_last_step() -> None:
+    found = search(lambda rate, _: [answered(1.0 if rate <= 0.7 else 99.0)], slo=Slo(ttft_s=5.0), highest_per_s=1.6,
+                   steps=6)  # fmt: skip
+    assert 0.7 - 1.6 / 2**6 <= found.agents_per_s <= 0.7
+    assert len(found.trials) == 6
+
+
+def test_a_failed_request_keeps_no_objective() -> None:
+    lost = Record(0, 0, 0.0, error="lost")
+    assert share_within([answered(1.0), lost, answered(9.0), answered(1.0)], Slo(ttft_s=5.0)) == 0.5
+    assert share_within([], Slo()) == 0.0
+
+
+def spec_of(system: str, **changes: Any) -> ClusterSpec:
+    settings = msgspec.structs.replace(PRESETS["pair"], **changes)
+    return systems.cluster_spec(system, settings, workload_of(settings), Path("model"))
+
+
+def test_systems_differ_in_what_their_name_says_and_in_nothing_else() -> None:
+    plain, both, ours = spec_of("sgl_mc"), spec_of("sgl_mc_both"), spec_of("dualpath:split")
+    assert plain.servers[0] == both.servers[0]
+    assert [server.hicache for server in plain.servers] == [True, False]
+    assert [server.hicache for server in both.servers] == [True, True]
+    for mine, theirs in zip(ours.servers, both.servers, strict=True):
+        assert mine.extra_flags == ("--dualpath-policy", "split")
+        assert msgspec_free(mine) == msgspec_free(theirs)
+    assert plain.network == ours.network
+    assert plain.store == ours.store
+
+
+def msgspec_free(server: Any) -> dict[str, Any]:
+    return {name: value for name, value in vars(server).items() if name not in {"kv_connector", "extra_flags"}}
+
+
+def test_the_oracle_s_device_pool_holds_every_prompt() -> None:
+    workload = workload_of(PRESETS["pair"])
+    longest = sum(trajectory.rounds[-1].prompt_tokens for trajectory in workload.trajectories)
+    assert spec_of("oracle").servers[0].max_total_tokens > longest
+    assert spec_of("oracle").servers[1] == spec_of("sgl_mc").servers[1]
+
+
+def test_servers_are_numbered_when_there_are_several() -> None:
+    assert [server.label for server in spec_of("sgl_mc", decode_servers=2).servers] == ["prefill", "decode1", "decode2"]
+
+
+@pytest.mark.parametrize("names", [(), ("sgl_mc", "sgl_mc"), ("dualpath:",), ("other",)])
+def test_unknown_systems_are_refused(names: tuple[str, ...]) -> None:
+    with pytest.raises(systems.UnknownSystemError):
+        systems.check_systems(msgspec.structs.replace(PRESETS["pair"], systems=names))
+
+
+@pytest.mark.parametrize("settings", PRESETS.values(), ids=PRESETS)
+def test_every_preset_fits_into_the_memory_it_was_made_for(settings: Settings) -> None:
+    workload = workload_of(settings)
+    specs = {system: systems.cluster_spec(system, settings, workload, Path("model")) for system in settings.systems}
+    assert sum(systems.memory_budget(settings, specs).values()) < 22e9
+    systems.check_systems(settings)
+
+
+@pytest.mark.parametrize("name", ["pair", "one_to_two", "two_to_two", "half_load", "policies"])
+def test_presets_of_the_fixed_setting_keep_to_it(name: str) -> None:
+    settings = PRESETS[name]
+    assert (settings.snic_mbit, settings.cnic_mbit, settings.in_flight_per_prefill) == (200, 1600, 8)
+    prompts = [round_.prompt_tokens for one in workload_of(settings).trajectories for round_ in one.rounds]
+    assert 6000 <= min(prompts) <= max(prompts) <= 8000
+
+
+@pytest.mark.parametrize("name", ["pair", "unbound", "policies", "one_to_two"])
+def test_stock_s_prefetch_window_holds_what_is_in_flight(name: str) -> None:
+    settings = PRESETS[name]
+    window = settings.pools.prefill_tokens * settings.pools.prefill_ratio / 2
+    longest = max(round_.prompt_tokens for one in workload_of(settings).trajectories for round_ in one.rounds)
+    # A prefetch is let in while less than the window is taken.
+    assert window > (settings.in_flight_per_prefill - 1) * longest
+
+
+def test_a_suspended_cluster_starts_nothing_until_it_is_resumed(tmp_path: Path) -> None:
+    spec = ClusterSpec(model=tmp_path, servers=(), store=None, router=None)
+    with Cluster(spec, log_dir=tmp_path, say=lambda _: None, suspended=True) as cluster:
+        assert not cluster.running
+        cluster.resume()
+        assert cluster.running
+        cluster.suspend()
+        cluster.suspend()
+        assert not cluster.running
+        assert cluster.process_groups() == {}
+
+
+def test_two_clusters_of_one_process_have_records_of_their_own(tmp_path: Path) -> None:
+    spec = ClusterSpec(model=tmp_path, servers=(), store=None, router=None)
+    with Cluster(spec, log_dir=tmp_path, suspended=True) as one, Cluster(spec, log_dir=tmp_path, suspended=True) as two:
+        assert one._state.path != two._state.path
+        assert one._state.path.exists()
+    assert not two._state.path.exists()
+
+
+def test_what_was_measured_before_servers_failed_is_kept_as_invalid(
+    server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flush = server.flushes
+
+    def fail_later(event: dict[str, Any]) -> dict[str, Any]:
+        # The second repetition's requests that warm servers up come after the first one's four flushes of two servers.
+        return {"error": "gone"} if server.flushes - flush >= 8 else event
+
+    server.change = fail_later
+    result = run_small(server, monkeypatch)
+    assert [repetition.number for repetition in result.repetitions] == [0]
+    assert any("ended early, in repetition 2 of dualpath:split" in reason for reason in result.reasons)
