@@ -31,9 +31,7 @@ MODELS: dict[ModelKind, Callable[[Path], Path]] = {
 }
 _WATCH_S = 0.5
 _OWNER_LOG = "up.log"
-_background: list[
-    subprocess.Popen[bytes]
-] = []  # meant to outlive this process, which Popen objects warn of when dropped
+_background: list[subprocess.Popen[bytes]] = []  # meant to outlive this process; dropped, Popen objects warn
 
 
 @dataclass(frozen=True)
