@@ -7,6 +7,7 @@ servers (`split`), or there is nothing to load (`idle`). The phases alternate, o
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -137,7 +138,7 @@ def gaps_between(times_s: Sequence[float], start_s: float, end_s: float) -> tupl
     inside = [moment for moment in times_s if start_s <= moment <= end_s]
     if len(inside) < 2:
         raise BenchmarkError(f"{len(inside)} token(s) came in a phase of {end_s - start_s:.1f} s: nothing to measure.")
-    gaps = tuple(later - earlier for earlier, later in zip(inside, inside[1:], strict=False))
+    gaps = tuple(later - earlier for earlier, later in itertools.pairwise(inside))
     return len(inside) - 1, inside[-1] - inside[0], gaps
 
 
@@ -196,7 +197,7 @@ def _cluster(settings: DecodeSettings, say: Callable[[str], None]) -> Iterator[t
     network = None if settings.loopback else NetworkSpec(settings.snic_mbit * 10**6, settings.cnic_mbit * 10**6)
     with tempfile.TemporaryDirectory(prefix="dualpath-decode-") as directory:
         policy_file = Path(directory) / "policy"
-        policy_file.write_text("prefill")
+        policy_file.write_text("split")  # whose needs the prefill server asks for once, at its start
         search_path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
         pair = dualpath_pair(
             extra_flags=("--dualpath-policy", policies.NAME),

@@ -12,7 +12,10 @@ NAME = "benchmarks.micro.policies:Switchable"
 
 
 class Switchable:
-    """Reads the policy's name from the file that FILE_ENV names each time it is asked."""
+    """Reads the policy's name from the file that FILE_ENV names each time it is asked.
+
+    What a policy needs is asked for once, when a server starts: start with one that needs the decode engine.
+    """
 
     @property
     def needs_decode(self) -> bool:
