@@ -276,6 +276,7 @@ def test_detached_it_returns_when_the_run_is_ready(as_owner: Callable[[str], Non
     assert said == ["owner is ready"] or not said  # it may be ready before its line is read
     runs.end(run)
     assert list(recorded_runs()) == []
+    assert up._background.pop().wait(timeout=10) == 0
 
 
 def test_detached_it_reports_a_cluster_that_did_not_come_up(as_owner: Callable[[str], None], tmp_path: Path) -> None:
