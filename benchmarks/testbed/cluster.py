@@ -130,6 +130,7 @@ class Cluster:
         if self.spec.router is not None:
             self._start_router(self.spec.router)
         self.running = True
+        self._describe()
 
     def suspend(self) -> None:
         """End servers and router; network and store stay, with all that the store holds. Nothing if none runs."""
@@ -221,6 +222,23 @@ class Cluster:
         spec = replace(spec, extra_env={**spec.extra_env, **(extra_env or {})})
         self._launch(spec, self.places[name])
         self._wait_for_servers([name])
+
+    def describe(self, **about: Any) -> None:
+        """Add to what `python -m benchmarks.testbed status` says of this run."""
+        self._state.describe(**about)
+
+    @property
+    def run_name(self) -> str:
+        """Name of this run's record and the prefix of all that it makes."""
+        return self._state.name
+
+    def _describe(self) -> None:
+        urls = {name: client.base_url for name, client in self.clients.items()}
+        about: dict[str, Any] = {"urls": urls, "log_dir": str(self.log_dir.absolute())}
+        if self.network is not None:
+            about["fabric"] = self.network.fabric
+            about["links"] = [[node, network, port] for (node, network), port in self.network.ports().items()]
+        self._state.describe(**about)
 
     def _check_memory(self) -> None:
         budget = self.spec.memory_bytes()

@@ -129,6 +129,20 @@ def routed_subnets() -> list[ipaddress.IPv4Network]:
     return [subnet for subnet in subnets if subnet.prefixlen > 0]
 
 
+def read_link_bytes(
+    fabric: str, ports: Mapping[tuple[str, NetworkName], str]
+) -> dict[tuple[str, NetworkName, Direction], int]:
+    """Bytes each node has received ("rx") and sent ("tx"), from the links' own counters at the fabric's ends."""
+    counters = json.loads(run("ip", "-n", fabric, "-s", "-j", "link", "show"))
+    statistics = {link["ifname"]: link["stats64"] for link in counters}
+    result: dict[tuple[str, NetworkName, Direction], int] = {}
+    for (node, network), port in ports.items():
+        # The fabric's end sends what the node receives.
+        result[node, network, "rx"] = int(statistics[port]["tx"]["bytes"])
+        result[node, network, "tx"] = int(statistics[port]["rx"]["bytes"])
+    return result
+
+
 class Network:
     """The networks and nodes of one run. `close` removes them, whatever state they are in; it may be called twice."""
 
@@ -172,14 +186,16 @@ class Network:
 
     def link_bytes(self) -> dict[tuple[str, NetworkName, Direction], int]:
         """Bytes each node has received ("rx") and sent ("tx") on each network since the network is up."""
-        counters = json.loads(run("ip", "-n", self._fabric, "-s", "-j", "link", "show"))
-        statistics = {link["ifname"]: link["stats64"] for link in counters}
-        result: dict[tuple[str, NetworkName, Direction], int] = {}
-        for (node, network), port in self._ports.items():
-            # The fabric's end sends what the node receives.
-            result[node, network, "rx"] = int(statistics[port]["tx"]["bytes"])
-            result[node, network, "tx"] = int(statistics[port]["rx"]["bytes"])
-        return result
+        return read_link_bytes(self._fabric, self._ports)
+
+    def ports(self) -> dict[tuple[str, NetworkName], str]:
+        """Link of each node and network at the fabric's end, for whoever reads counters from another process."""
+        return dict(self._ports)
+
+    @property
+    def fabric(self) -> str:
+        """The namespace that holds the bridges."""
+        return self._fabric
 
     @property
     def fabric(self) -> str:

@@ -132,7 +132,7 @@ class Processes:
             )
         process = Process(name, tuple(command), log_path, popen, stage)
         self._started.append(process)
-        self._state.add_process(popen.pid)
+        self._state.add_process(popen.pid, name)
         return process
 
     def stop(self, process: Process, *, grace_s: float = GRACE_S) -> None:

@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from benchmarks.testbed.errors import TestbedError
 
@@ -59,7 +60,11 @@ def _base36(number: int) -> str:
 
 @dataclass
 class RunState:
-    """The record of one run; every `add_*` is on disk before it returns."""
+    """The record of one run; every `add_*` is on disk before it returns.
+
+    `process_names` (by process id as text) and `about` (addresses, log directory) serve people who ask; nothing is
+    ended or removed because of them.
+    """
 
     name: str
     owner_pid: int
@@ -68,6 +73,8 @@ class RunState:
     links: list[str] = field(default_factory=list)
     processes: list[tuple[int, int]] = field(default_factory=list)
     directories: list[str] = field(default_factory=list)
+    process_names: dict[str, str] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
@@ -99,13 +106,20 @@ class RunState:
     def add_directory(self, path: Path) -> None:
         self._append(self.directories, str(path))
 
-    def add_process(self, pid: int) -> None:
+    def add_process(self, pid: int, name: str = "") -> None:
         """Record a process that leads a process group of its own."""
         started = start_ticks(pid)
         if started is not None:
             with self._lock:
                 self.processes.append((pid, started))
+                self.process_names[str(pid)] = name
             self._save()
+
+    def describe(self, **about: Any) -> None:
+        """Add to what `status` says of this run; values must be JSON."""
+        with self._lock:
+            self.about.update(about)
+        self._save()
 
     def forget_namespace(self, name: str) -> None:
         self._remove(self.namespaces, name)
@@ -138,6 +152,8 @@ class RunState:
                 "links": self.links,
                 "processes": self.processes,
                 "directories": self.directories,
+                "process_names": self.process_names,
+                "about": self.about,
             }
             fresh = self.path.with_suffix(".new")
             fresh.write_text(json.dumps(content))
