@@ -1,8 +1,7 @@
 """Threads that carry a decode engine's chunks: one reads storage, one per prefill engine pushes.
 
-While chunk k is pushed, chunk k+1 is read and its push planned: whatever a pusher does between two pushes is time in
-which nothing crosses the network. A pusher of its own for every prefill engine means that a frozen one delays nobody
-else: the reader never waits for a pusher, because no more chunks of one engine are carried at a time than
+While chunk k is pushed, chunk k+1 is read. A pusher of its own for every prefill engine means that a frozen one delays
+nobody else: the reader never waits for a pusher, because no more chunks of one engine are carried at a time than
 :class:`~sglang_dualpath.reader.pump.ClaimPump` lets through.
 """
 
@@ -12,7 +11,6 @@ import logging
 import queue
 import threading
 import time
-from typing import NamedTuple
 
 from sglang_dualpath import metrics
 from sglang_dualpath.errors import TransferError
@@ -26,13 +24,6 @@ logger = logging.getLogger(__name__)
 _IDLE_WAIT_S = 0.1
 # A pusher without work for so long ends, lest one is left for every prefill engine that ever was.
 _PUSHER_IDLE_S = 60.0
-
-
-class _Planned(NamedTuple):
-    """A chunk whose pages are ready, and what its push will copy."""
-
-    chunk: Chunk
-    descriptors: list[Descriptor]
 
 
 class HopReader:
@@ -78,8 +69,8 @@ class HopReader:
                     self._stop.wait(_IDLE_WAIT_S)  # an error that repeats must not take a core
 
     def _carry(self, chunk: Chunk) -> None:
-        slots = self._chunks.source_slots(chunk)
         if not chunk.grant.memory:
+            slots = self._chunks.source_slots(chunk)
             delay_s = self._limit.delay_s(len(slots) * self._reads.pages.page_bytes)
             if delay_s:
                 self._stop.wait(delay_s)
@@ -93,13 +84,12 @@ class HopReader:
         if chunk.good_pages == 0:
             self._chunks.pushed(chunk, None)
             return
-        planned = _Planned(chunk, self._plan(chunk, slots[: chunk.good_pages]))
         # Under the lock: a pusher that is idle ends only while nothing is handed to it.
         with self._pushers_lock:
             session = offer.target.session
             if session not in self._pushers:
                 self._pushers[session] = _Pusher(self, session)
-            self._pushers[session].queue.put(planned)
+            self._pushers[session].queue.put(chunk)
 
     def _read(self, chunk: Chunk, slots: list[int]) -> None:
         prefetch = chunk.read.prefetch
@@ -114,12 +104,6 @@ class HopReader:
             metrics.FALLBACKS.add(reason="storage_exception")
         self._chunks.was_read(chunk, max(0, min(good, len(slots))), time.monotonic() - started)
 
-    def _plan(self, chunk: Chunk, slots: list[int]) -> list[Descriptor]:
-        offer = chunk.read.offer
-        assert offer is not None
-        target = [PlaneGeometry(plane.base, plane.stride_bytes, plane.page_bytes) for plane in offer.target.planes]
-        return push_plan(self._reads.pages.planes, slots, target, chunk.grant.slots[: len(slots)])
-
     def stop(self) -> None:
         """Ask all threads to end; what they do now is finished first. Does not wait longer than 2 s for each."""
         self._stop.set()
@@ -132,10 +116,13 @@ class HopReader:
 
     # -- for pushers -------------------------------------------------------------------------------------------------
 
-    def push(self, session: str, planned: _Planned) -> None:
+    def push(self, session: str, chunk: Chunk) -> None:
         """Push one chunk and say its last word."""
-        chunk, descriptors = planned
-        problem = self._chunks.refused_push(chunk)
+        try:
+            problem, descriptors = self._plan(chunk)
+        except Exception as fault:
+            logger.exception("No push to %s.", session)
+            problem, descriptors = f"{type(fault).__name__} before the push", []
         if problem is not None:
             self._chunks.pushed(chunk, problem)
             return
@@ -151,7 +138,17 @@ class HopReader:
         else:
             self._chunks.pushed(chunk, None, took_s=time.monotonic() - started)
 
-    def next_push(self, pusher: _Pusher) -> _Planned | None:
+    def _plan(self, chunk: Chunk) -> tuple[str | None, list[Descriptor]]:
+        problem = self._chunks.refused_push(chunk)
+        if problem is not None:
+            return problem, []
+        offer = chunk.read.offer
+        assert offer is not None
+        source = self._chunks.source_slots(chunk)[: chunk.good_pages]
+        target = [PlaneGeometry(plane.base, plane.stride_bytes, plane.page_bytes) for plane in offer.target.planes]
+        return None, push_plan(self._reads.pages.planes, source, target, chunk.grant.slots[: chunk.good_pages])
+
+    def next_push(self, pusher: _Pusher) -> Chunk | None:
         """The next chunk for ``pusher``; None when it is to end."""
         while True:
             try:
@@ -169,11 +166,11 @@ class _Pusher:
 
     def __init__(self, hop: HopReader, session: str) -> None:
         self.session = session
-        self.queue: queue.SimpleQueue[_Planned | None] = queue.SimpleQueue()
+        self.queue: queue.SimpleQueue[Chunk | None] = queue.SimpleQueue()
         self._hop = hop
         self.thread = threading.Thread(target=self._run, name=f"dualpath-push-{session}", daemon=True)
         self.thread.start()
 
     def _run(self) -> None:
-        while (planned := self._hop.next_push(self)) is not None:
-            self._hop.push(self.session, planned)
+        while (chunk := self._hop.next_push(self)) is not None:
+            self._hop.push(self.session, chunk)
