@@ -237,7 +237,7 @@ class Cluster:
         about: dict[str, Any] = {"urls": urls, "log_dir": str(self.log_dir.absolute())}
         if self.network is not None:
             about["fabric"] = self.network.fabric
-            about["links"] = [[node, network, port] for (node, network), port in self.network.ports().items()]
+            about["links"] = [[node, network, port] for (node, network), port in self.network.ports.items()]
         self._state.describe(**about)
 
     def _check_memory(self) -> None:

@@ -188,18 +188,9 @@ class Network:
         """Bytes each node has received ("rx") and sent ("tx") on each network since the network is up."""
         return read_link_bytes(self._fabric, self._ports)
 
-    def ports(self) -> dict[tuple[str, NetworkName], str]:
-        """Link of each node and network at the fabric's end, for whoever reads counters from another process."""
-        return dict(self._ports)
-
     @property
     def fabric(self) -> str:
         """The namespace that holds the bridges."""
-        return self._fabric
-
-    @property
-    def fabric(self) -> str:
-        """Namespace with the fabric's ends of all links: `ports` says which is which."""
         return self._fabric
 
     @property
