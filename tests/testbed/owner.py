@@ -32,7 +32,7 @@ def main(mode: str, *words: str) -> None:
     if "networks" in words:
         network = Network(NetworkSpec(), (NodeSpec("server"),), state)
         network.up()
-        about = {"fabric": network.fabric, "links": [[*key, port] for key, port in network.ports().items()]}
+        about = {"fabric": network.fabric, "links": [[*key, port] for key, port in network.ports.items()]}
     state.describe(command=UP, urls={"server": "http://127.0.0.1:1"}, log_dir=str(directory), **about)
     signal.signal(signal.SIGTERM, signal.SIG_IGN if mode == "deaf" else signal.default_int_handler)
     state.describe(detached="detached" in words, ready="unready" not in words)
