@@ -37,7 +37,7 @@ class Shape:
     rounds: int = 1
     contexts: tuple[int, int] = (6000, 7600)
     longest_tokens: int = 8000
-    appended_tokens: int = 384
+    appended_tokens: int = 96
     generated_tokens: int = 16
     seed: int = 20260
 
