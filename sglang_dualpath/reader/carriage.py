@@ -70,7 +70,7 @@ class Carriage:
             chunk.read_bytes = good_pages * self._state.pages.page_bytes
             read.landed.update(range(chunk.first_page, chunk.first_page + good_pages))
             if good_pages:
-                self._state.rate.add(chunk.read_bytes, seconds)
+                self._state.rate.add(chunk.read_bytes, seconds, ended_s=self._state.clock())
             if good_pages < len(chunk.grant.slots):
                 if read.prefetch is not None and read.prefetch.is_cancelled():
                     self._state.end(read, "cancelled")

@@ -65,8 +65,13 @@ class Rate:
     memory: float = 0.95
     _bytes: float = 0.0
     _seconds: float = 0.0
+    _until_s: float = float("-inf")
 
-    def add(self, size_bytes: int, seconds: float) -> None:
+    def add(self, size_bytes: int, seconds: float, *, ended_s: float | None = None) -> None:
+        """``size_bytes`` took ``seconds``. With ``ended_s`` time that readers side by side were busy counts once."""
+        if ended_s is not None:
+            seconds = min(seconds, ended_s - self._until_s)
+            self._until_s = max(self._until_s, ended_s)
         self._bytes = self._bytes * self.memory + size_bytes
         self._seconds = self._seconds * self.memory + max(seconds, 1e-6)
 

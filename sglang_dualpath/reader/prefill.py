@@ -272,7 +272,7 @@ class PrefillReads:
         with self.lock:
             read.ledger.land(grant.claim_id, good_pages=good_pages, now_s=self.clock())
             if good_pages:
-                self.rate.add(size_bytes, seconds)
+                self.rate.add(size_bytes, seconds, ended_s=self.clock())
             if good_pages < grant.pages and not read.closed and not read.prefetch.is_cancelled():
                 self.fallback("prefill_read_error", read)
             self.lock.notify_all()

@@ -28,7 +28,8 @@ class ClaimPump:
     """
 
     def __init__(self, config: DualPathConfig) -> None:
-        self._in_flight = config.claims_in_flight
+        # One more than are read at a time, lest a reader waits for a grant.
+        self._in_flight = max(config.claims_in_flight, config.reader_threads + 1)
         self._lease_s = config.lease_s
 
     def next_claims(self, reads: Mapping[int, DecodeRead], now_s: float) -> Iterator[DecodeRead]:

@@ -99,6 +99,18 @@ def test_a_rate_follows_and_knows_nothing_at_first() -> None:
     assert rate.bytes_per_s == pytest.approx(300, rel=0.01)
 
 
+def test_readers_side_by_side_have_the_rate_of_their_nic() -> None:
+    """Two threads, each busy all the time with reads of 2 s, one second apart: one read ends each second."""
+    rate = Rate()
+    for end in range(2, 200):
+        rate.add(100, 2.0, ended_s=float(end))
+    assert rate.bytes_per_s == pytest.approx(100, rel=0.01)
+    pause = Rate()
+    for end in range(2, 200, 4):  # one reader, idle for half of the time: what it does not read does not count
+        pause.add(100, 2.0, ended_s=float(end))
+    assert pause.bytes_per_s == pytest.approx(50)
+
+
 def test_a_read_limit_spaces_reads() -> None:
     now = 0.0
     limit = ReadLimit(100.0, clock=lambda: now)

@@ -49,6 +49,14 @@ def test_the_oldest_read_claims_first_and_no_more_than_is_in_flight() -> None:
     assert claims([open_read(1), open_read(2)]) == [1, 1]
 
 
+def test_every_reader_thread_has_a_claim_to_go_on_with() -> None:
+    pump = ClaimPump(msgspec.structs.replace(CONFIG, reader_threads=3))
+    read = open_read(1)
+    for number, _ in enumerate(pump.next_claims({1: read}, 0.0)):
+        read.requested[number] = Asked(0.0, False)
+    assert len(read.requested) == 4
+
+
 def test_memory_has_a_budget_of_its_own() -> None:
     assert claims([open_read(1), open_read(2, memory_pages=9), open_read(3)]) == [1, 1, 2, 2]
 
