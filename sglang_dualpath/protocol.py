@@ -71,6 +71,7 @@ class NoOfferReason(enum.StrEnum):
     """Why a prefill server offers nothing for a request."""
 
     NO_HITS = "no_hits"
+    NOT_ASKED = "not_asked"
     BELOW_THRESHOLD = "below_threshold"
     POLICY = "policy"
     UNSUPPORTED = "unsupported"

@@ -172,6 +172,9 @@ class OfferDesk:
         if read is not None and not read.closed:
             if not read.planned:
                 self._plan(read)
+            elif read.peer is None and not room.alone and self._planner.reads_ahead:
+                # Late, and still of use: what is left can be shared.
+                self._apply(read, self._planner.plan(read, hello))
             elif read.peer != peer:
                 # The plan stands: with a policy that does not wait, or after it waited, prefill reads alone.
                 self._refuse_offer(read, room, NoOfferReason.POLICY)

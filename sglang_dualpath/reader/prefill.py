@@ -2,7 +2,7 @@
 
 Threads, and what each may do:
 
-* scheduler: ``arrived``, ``parked``, ``declined``, ``opened``, ``gone``, ``abandon_all``; never waits;
+* scheduler: ``arrived``, ``declined``, ``passed_over``, ``opened``, ``gone``, ``abandon_all``; never waits;
 * SGLang's prefetch IO thread: ``wait`` and ``finish``; waits for pages, until they land or a deadline passes;
 * SGLang's hit query thread: ``held_pages``; waits a moment for the first message of a decode engine;
 * own reader threads: ``next_own_claim`` and ``own_done``;
@@ -104,6 +104,16 @@ class PrefillReads:
             room = self._room_of.get(handle)
             if room is not None:
                 self._close_room(room, reason)
+
+    def passed_over(self, handle: Hashable) -> None:
+        """SGLang has looked at this request and asked storage for nothing; a decode engine that asks is told so.
+
+        It does so when the pages before the missing ones are in device memory alone.
+        """
+        with self.lock:
+            room = self._room_of.get(handle)
+            if room is not None and self._room(room).closed is None:
+                self._close_room(room, NoOfferReason.NOT_ASKED)
 
     def gone(self, handle: Hashable) -> None:
         """The request has left this engine. Its read ends by itself: SGLang cancels the operation."""

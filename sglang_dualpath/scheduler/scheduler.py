@@ -25,7 +25,10 @@ class DualPathScheduler(Scheduler):
         side = self._side
         if isinstance(side, PrefillSide) and real_room(req) is not None:
             side.arrived(req)
-        return super()._prefetch_kvcache(req, storage_hit_end)
+        answer = super()._prefetch_kvcache(req, storage_hit_end)
+        if isinstance(side, PrefillSide) and real_room(req) is not None:
+            side.looked_up(req)
+        return answer
 
     def _add_request_to_queue(self, req: Any, is_retracted: bool = False) -> None:
         super()._add_request_to_queue(req, is_retracted)

@@ -134,6 +134,12 @@ class PrefillSide:
         if room is not None:
             self.reads.arrived(room, req.cache_request_handle)
 
+    def looked_up(self, req: Any) -> None:
+        """Upstream has looked. It may have asked storage for nothing without a word to its tree."""
+        handle = req.cache_request_handle
+        if handle not in self._parked and handle not in self._scheduler.tree_cache.ongoing_prefetch:
+            self.reads.passed_over(handle)
+
     def tick(self) -> None:
         """Reissue parked prefetches whose time has come, in the order in which they were parked."""
         if not self._parked:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from sglang_dualpath.protocol import Claim, Decline, Done, Grant, Hello, NoOffer, NoOfferReason, Offer
+from sglang_dualpath.protocol import Claim, Decline, Done, Grant, Hello, NoOffer, NoOfferReason, Offer, Queued
 from tests.reader.cluster import CONFIG, PAGE_BYTES, Cluster, prompt, wait_for
 from tests.reader.watching import Watching
 
@@ -358,4 +358,37 @@ def test_a_policy_is_shown_the_measured_rates_of_the_decode_engine(cluster: Clus
     assert second.hop_bytes_per_s is not None
     # Pages of the test engines are copied within one process: much faster than they are read.
     assert second.hop_bytes_per_s > second.read_bytes_per_s
+    cluster.check()
+
+
+def test_a_late_hello_gets_a_share_of_what_is_left(cluster: Cluster) -> None:
+    prefill, decode = cluster.prefill(policy="split"), cluster.decode()
+    hashes = prompt("a", PAGES)
+    cluster.storage.put(hashes)
+    cluster.storage.latency_s = 0.05
+    job = prefill.request(1, hashes)
+    prefill.reads.silent_requests = 10  # none was heard lately, so the plan is made at once
+    wait_for(lambda: cluster.fallbacks("no_hello"))
+    decode.request(1, hashes, prefill.name)
+    assert job.result() == PAGES
+    job.check()
+    decode.settle(1)
+    assert decode_pages(cluster) > 0
+    assert set(cluster.storage.reads.values()) == {1}
+    cluster.check()
+
+
+def test_a_decode_engine_hears_of_a_request_that_asks_storage_for_nothing(cluster: Cluster) -> None:
+    prefill, decode = cluster.prefill(), cluster.decode()
+    hashes = prompt("a", 9)
+    handle = object()
+    prefill.reads.arrived(1, handle)
+    decode.request(1, hashes, prefill.name)
+    wait_for(lambda: cluster.wire.sent(Queued))
+    prefill.reads.passed_over(handle)
+    decode.settle(1)
+    assert [word.reason for word in cluster.wire.sent(NoOffer)] == [NoOfferReason.NOT_ASKED]
+    prefill.reads.declined(handle, NoOfferReason.NO_HITS)
+    prefill.reads.passed_over(handle)  # after another word nothing more is said
+    assert prefill.reads.rooms[1].closed is NoOfferReason.NO_HITS
     cluster.check()
