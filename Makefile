@@ -12,12 +12,13 @@ COVERAGE_PERCENT := 95
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo lint unit checks e2e test test-all clean distclean
+.PHONY: help setup demo lint unit checks e2e smoke test test-all clean distclean
 
 help:
 	@echo "make demo      both load paths on this machine, compared with stock SGLang token by token"
 	@echo "make test      lint, types, layers, unit tests, end-to-end tests"
 	@echo "make test-all  the same, end-to-end tests over the full cross of settings"
+	@echo "make smoke     the benchmark on a few short contexts: does it run, are its bytes right?"
 	@echo "make lint      lint, types and layers alone"
 	@echo "make unit      unit tests and their coverage alone"
 	@echo "make clean     remove outputs and caches; make distclean: $(VENV) too"
@@ -60,6 +61,10 @@ e2e: $(STAMP)
 	$(BIN)/python -m pytest -m "e2e and not gpu" --durations=40 --junitxml=out/e2e.xml $(PYTEST_ARGS)
 
 test: checks e2e
+
+# No claim of speed: that the benchmark runs, and that its bytes and tokens are right.
+smoke: $(STAMP)
+	$(BIN)/python -m benchmarks.compare --preset smoke --out out/smoke
 
 test-all: export DUALPATH_TEST_ALL := 1
 test-all: checks e2e
