@@ -3,7 +3,8 @@
     sgl_mc            stock SGLang, HiCache and Mooncake store on the prefill servers: what most deployments run
     sgl_mc_both       the same on the decode servers too: they read, keep and write back as well
     sgl_mc_default    sgl_mc with SGLang's default prefetch policy, which gives a slow read up: shown, not compared with
-    dualpath:POLICY   this package on both, with a policy
+    dualpath:POLICY   this package on both, with a policy; +NAME=VALUE adds a flag of its, as in
+                      dualpath:split+reader-threads=2
     oracle            stock whose prefill server holds every hit in device memory: nothing is ever loaded
 
 All have the same pools (the oracle's prefill server a larger one), the same environment and the same idle flags.
@@ -34,12 +35,26 @@ def check_systems(settings: Settings) -> None:
     for name in settings.systems:
         if name not in STOCK and not (name.startswith("dualpath:") and name.removeprefix("dualpath:")):
             raise UnknownSystemError(f"There is no system {name!r}: take {', '.join(STOCK)} or dualpath:POLICY.")
+        if is_dualpath(name):
+            dualpath_flags(name)
     if "oracle" in settings.systems and settings.prefill_servers > 1:
         raise UnknownSystemError("The oracle needs one prefill server: with more, a router sends agents to either.")
 
 
 def is_dualpath(system: str) -> bool:
     return system.startswith("dualpath:")
+
+
+def dualpath_flags(system: str) -> tuple[str, ...]:
+    """Flags of `dualpath:POLICY+NAME=VALUE…`. Raises UnknownSystemError for an addition that is none."""
+    policy, *additions = system.removeprefix("dualpath:").split("+")
+    flags = ["--dualpath-policy", policy]
+    for addition in additions:
+        name, equals, value = addition.partition("=")
+        if not (name and equals and value):
+            raise UnknownSystemError(f"{system!r}: what follows + must be NAME=VALUE, as in +reader-threads=2.")
+        flags += [f"--dualpath-{name}", value]
+    return tuple(flags)
 
 
 def reads_twice(system: str) -> bool:
@@ -61,7 +76,7 @@ def cluster_spec(system: str, settings: Settings, workload: Workload, model: Pat
     connector: str | None = None
     flags: tuple[str, ...] = ()
     if is_dualpath(system):
-        connector, flags = "dualpath", ("--dualpath-policy", system.removeprefix("dualpath:"))
+        connector, flags = "dualpath", dualpath_flags(system)
     elif system == "sgl_mc_default":
         flags = ("--hicache-storage-prefetch-policy", "timeout")  # comes after the testbed's and wins
     prefill = [

@@ -126,6 +126,12 @@ def msgspec_free(server: Any) -> dict[str, Any]:
     return {name: value for name, value in vars(server).items() if name not in {"kv_connector", "extra_flags"}}
 
 
+def test_a_flag_of_dualpath_can_be_added_to_a_system() -> None:
+    tuned = spec_of("dualpath:split+reader-threads=2+lease=0.5")
+    flags = ("--dualpath-policy", "split", "--dualpath-reader-threads", "2", "--dualpath-lease", "0.5")
+    assert {server.extra_flags for server in tuned.servers} == {flags}
+
+
 def test_the_oracle_s_device_pool_holds_every_prompt() -> None:
     workload = workload_of(PRESETS["pair"])
     longest = sum(trajectory.rounds[-1].prompt_tokens for trajectory in workload.trajectories)
@@ -137,7 +143,7 @@ def test_servers_are_numbered_when_there_are_several() -> None:
     assert [server.label for server in spec_of("sgl_mc", decode_servers=2).servers] == ["prefill", "decode1", "decode2"]
 
 
-@pytest.mark.parametrize("names", [(), ("sgl_mc", "sgl_mc"), ("dualpath:",), ("other",)])
+@pytest.mark.parametrize("names", [(), ("sgl_mc", "sgl_mc"), ("dualpath:",), ("other",), ("dualpath:split+lease",)])
 def test_unknown_systems_are_refused(names: tuple[str, ...]) -> None:
     with pytest.raises(systems.UnknownSystemError):
         systems.check_systems(msgspec.structs.replace(PRESETS["pair"], systems=names))
