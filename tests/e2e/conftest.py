@@ -125,7 +125,8 @@ def pair(
     policy_file = work / f"policy-{row}"
     settings = {
         **SETTINGS,
-        "extra_flags": ("--dualpath-policy", "tests.e2e.policies:Switchable"),
+        # Small chunks: `split` shares what takes longer than one of them, by the rates that it has seen.
+        "extra_flags": ("--dualpath-policy", "tests.e2e.policies:Switchable", "--dualpath-chunk-bytes", "262144"),
         "extra_env": {
             policies.FILE_ENV: str(policy_file),
             "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])),

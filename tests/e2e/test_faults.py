@@ -169,7 +169,7 @@ def timed(faults: Faults, tokens: Sequence[int], **where: str) -> tuple[tuple[in
     return answer, time.monotonic() - start
 
 
-@pytest.mark.parametrize(("role", "reason"), [("prefill", "storage_exception"), ("decode", "storage_exception")])
+@pytest.mark.parametrize(("role", "reason"), [("decode", "storage_exception"), ("prefill", "storage_exception")])
 def test_storage_read_errors_on_one_side(faults: Faults, role: str, reason: str) -> None:
     with faults.counted() as seen:
         faults.set(**{role: {"error": True}, "decode" if role == "prefill" else "prefill": SLOW})
@@ -290,6 +290,8 @@ def test_a_decode_engine_killed_in_its_read(faults: Faults) -> None:
     answer, _ = timed(faults, PROMPTS[2], decode="plain")
     assert answer == faults.expected[2]
     cluster.restart("decode")
+    faults.flush()
+    faults.set(prefill=SLOW, decode=SLOW)
     with faults.counted() as seen:
         assert ask_pair(cluster, PROMPTS[1]) == faults.expected[1]
     assert seen[0].total("read_bytes_total", "decode") > 0
