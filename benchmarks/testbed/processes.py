@@ -217,9 +217,13 @@ def uninterrupted() -> Iterator[None]:
 
 
 class PortPicker:
-    """Free TCP ports below the range from which the kernel takes ports of outgoing connections."""
+    """Free TCP ports that nobody else picks.
 
-    def __init__(self, first: int = 20000, last: int = 29999) -> None:
+    SGLang takes some at random from 22000 to 29999, Mooncake's engine and store from 12300 to 17000, the kernel for
+    outgoing connections from 32768 on: a port of theirs may be taken between our look and the server's.
+    """
+
+    def __init__(self, first: int = 17_100, last: int = 21_900) -> None:
         self._next = first + os.getpid() * 131 % (last - first)
         self._first, self._last = first, last
 
@@ -234,7 +238,7 @@ class PortPicker:
                 except OSError:
                     continue
             return port
-        raise ProcessError("No TCP port between 20000 and 29999 is free.")
+        raise ProcessError(f"No TCP port between {self._first} and {self._last} is free.")
 
 
 def clean_environment(base: Mapping[str, str]) -> dict[str, str]:
