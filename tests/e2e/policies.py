@@ -1,11 +1,11 @@
-"""A policy that tests switch while servers run: it does what the policy named in a file does."""
+"""Policies of the tests: one that is switched while servers run, and one that always shares."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-from sglang_dualpath.policy import BalancingPolicy, ClusterView, ReadPlan, ReadRequest, load_policy
+from sglang_dualpath.policy import BalancingPolicy, ClusterView, ReadPlan, ReadRequest, ReadShare, load_policy
 
 FILE_ENV = "DUALPATH_TEST_POLICY_FILE"
 
@@ -27,3 +27,16 @@ class Switchable:
     def _current(self) -> BalancingPolicy:
         path = Path(os.environ[FILE_ENV])
         return load_policy(path.read_text().strip() if path.exists() else "split")
+
+
+class Sharing:
+    """`split` without a look at what pays: both sides take part in every read, however slow one was before."""
+
+    needs_decode = True
+    reads_ahead = True
+
+    def plan(self, read: ReadRequest, view: ClusterView) -> ReadPlan:
+        shares = [ReadShare(read.prefill, "back")]
+        if read.decode is not None:
+            shares.append(ReadShare(read.decode, "front"))
+        return ReadPlan(tuple(shares), "both")

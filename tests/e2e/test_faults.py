@@ -88,8 +88,9 @@ class Faults:
 @pytest.fixture(scope="module")
 def faults(model_path: Callable[[Model], Path]) -> Iterator[Faults]:
     flags = (
-        "--dualpath-chunk-bytes", "524288", "--dualpath-hello-silence", str(SILENCE_S),
-        "--dualpath-read-deadline", str(DEADLINE_S), "--dualpath-lease", str(LEASE_S),
+        "--dualpath-policy", "tests.e2e.policies:Sharing", "--dualpath-chunk-bytes", "524288",
+        "--dualpath-hello-silence", str(SILENCE_S), "--dualpath-read-deadline", str(DEADLINE_S),
+        "--dualpath-lease", str(LEASE_S),
     )  # fmt: skip
 
     def server(role: str, name: str, connector: str | None = "dualpath", **env: str) -> ServerSpec:
