@@ -69,8 +69,9 @@ class DecodePath:
             return None
         match = self._match(req)
         slots, hashes = self._held_pages(match.last_host_node)
-        if slots:
-            self._held[room] = self._lock(match.last_host_node)
+        lock = self._tree.lock_host(match.last_host_node) if slots else None
+        if lock is not None:
+            self._held[room] = lock
         matched = match.device_prefix_len + match.host_hit_length
         read = self.reads.accepted(
             room,
@@ -102,7 +103,7 @@ class DecodePath:
             self._by_handle.pop(read.handle, None)
             lock = self._held.pop(read.room, None)
             if lock is not None:
-                self._unlock(lock)
+                self._tree.unlock_host(lock)
 
     def gone(self, room: int, receiver: Any) -> None:
         """The request of ``receiver`` has left the queues. Only the one that a read was started for ends it."""
@@ -126,7 +127,7 @@ class DecodePath:
         """The request's restore holds its own lock, or there will be none."""
         lock = self._kept.pop(handle, None)
         if lock is not None:
-            self._unlock(lock)
+            self._tree.unlock_host(lock)
 
     def _start(self, read: DecodeRead, req: Any) -> None:
         offer = read.offer
@@ -211,9 +212,9 @@ class DecodePath:
         request = self._requests.get(read.room)
         self._tree.pop_prefetch_loaded_tokens(handle)
         if request is not None and handle not in self._kept:
-            node = self._match(request.req).last_host_node
-            if not self._tree.is_root(node):
-                self._kept[handle] = self._lock(node)
+            lock = self._tree.lock_host(self._match(request.req).last_host_node)
+            if lock is not None:
+                self._kept[handle] = lock
                 self._kept_handles[request.receiver] = handle
         self.reads.settled(read)
 
@@ -285,12 +286,6 @@ class DecodePath:
             hashes += spec.hash_value
         return slots, hashes
 
-    def _lock(self, node: Any) -> HostLock:
-        return HostLock(node, self._tree.inc_host_lock_ref(node).to_dec_params())
-
-    def _unlock(self, lock: HostLock) -> None:
-        self._tree.dec_host_lock_ref(lock.node, lock.receipt)
-
 
 class DualPathDecodeTree(UnifiedRadixCache):
     """Stock until :meth:`use` names a path."""
@@ -313,8 +308,19 @@ class DualPathDecodeTree(UnifiedRadixCache):
         if self._dualpath is not None:
             self._dualpath.release_kept(handle)
 
-    def lock_host(self, node: Any) -> HostLock:
-        return HostLock(node, self.inc_host_lock_ref(node).to_dec_params())
+    def lock_host(self, node: Any) -> HostLock | None:
+        """Keep what is in host memory on the path to ``node`` there; None if nothing is.
+
+        A match may end in a node that is in device memory alone. A host lock of that one would hold nothing, and once
+        it is evicted the lock could not be released: its id is unknown then. So the last node in host memory is locked.
+        """
+        last = None
+        if not self.is_root(node):
+            for info in self.tree_core.collect_path_info([node])[0]:
+                if not self.is_backuped(info.node_id):
+                    break
+                last = info.node_id
+        return None if last is None else HostLock(last, self.inc_host_lock_ref(last).to_dec_params())
 
     def unlock_host(self, lock: HostLock) -> None:
         self.dec_host_lock_ref(lock.node, lock.receipt)

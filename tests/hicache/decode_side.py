@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sglang_dualpath.hicache.decode import DecodePath
+from sglang_dualpath.hicache.decode import DecodePath, DualPathDecodeTree
 from sglang_dualpath.protocol import Claim, Grant, Message, Offer, Plane, Refuse, Target
 from sglang_dualpath.reader.decode import DecodeRead, DecodeReads
 from tests.reader.cluster import CONFIG
@@ -19,6 +19,7 @@ from tests.reader.host import PAGE_TOKENS, Slots
 
 PREFILL = "prefill-1"
 ROOT = "root"
+DEVICE_ONLY = "device only"
 
 
 @dataclass(eq=False)
@@ -59,11 +60,20 @@ class Tree:
     def __post_init__(self) -> None:
         self.slots = self.pool.alloc(16)
         self.tree_core = SimpleNamespace(
-            collect_path_info=lambda nodes: [[SimpleNamespace(node_id=nodes[0])]],
-            build_storage_backup_spec=lambda node, force: SimpleNamespace(
-                host_value=self.pool.pages.indices(self.slots[:node]), hash_value=hashes(0, node)
-            ),
+            collect_path_info=lambda nodes: [self._path(nodes[0])],
+            build_storage_backup_spec=lambda node, force: None
+            if node == DEVICE_ONLY
+            else SimpleNamespace(host_value=self.pool.pages.indices(self.slots[:node]), hash_value=hashes(0, node)),
         )
+        self.device_tail = False
+        """The match ends in a node that is in device memory alone."""
+
+    lock_host = DualPathDecodeTree.lock_host
+    unlock_host = DualPathDecodeTree.unlock_host
+
+    def _path(self, node: Any) -> list[Any]:
+        nodes = [self.host_pages, DEVICE_ONLY] if node == DEVICE_ONLY else [node]
+        return [SimpleNamespace(node_id=node) for node in nodes if node != ROOT]
 
     def swa_reprefill_tail_tokens(self, req: Any) -> int:
         return 0
@@ -72,19 +82,20 @@ class Tree:
         return SimpleNamespace(
             device_prefix_len=0,
             host_hit_length=self.host_pages * PAGE_TOKENS,
-            last_host_node=self.host_pages or ROOT,
+            last_host_node=DEVICE_ONLY if self.device_tail else self.host_pages or ROOT,
         )
 
     def is_root(self, node: Any) -> bool:
         return bool(node == ROOT)
 
     def is_backuped(self, node: Any) -> bool:
-        return not self.is_root(node)
+        return not self.is_root(node) and node != DEVICE_ONLY
 
     def get_last_hash_value(self, node: Any) -> None:
         return None
 
     def inc_host_lock_ref(self, node: Any) -> Any:
+        assert node != DEVICE_ONLY, "holds nothing, and its id may be unknown when it is to be released"
         self.locks[node] += 1
         return SimpleNamespace(to_dec_params=lambda: ("receipt", node))
 

@@ -144,6 +144,18 @@ def test_a_request_that_was_admitted_has_a_lock_of_its_own() -> None:
     assert node.tree.locked == 0
 
 
+@pytest.mark.parametrize("held_pages", [0, 3])
+def test_a_match_that_ends_in_device_memory_alone_locks_what_is_in_host_memory(held_pages: int) -> None:
+    """SGLang's host lock of such a node holds nothing and cannot be released once the node is evicted."""
+    node = DecodeNode(host_pages=held_pages)
+    node.tree.device_tail = True
+    node.accept(ROOM)
+    assert node.tree.locks == ({held_pages: 1} if held_pages else {})
+    node.leave(ROOM)
+    node.path.tick()
+    assert node.tree.locked == 0
+
+
 def test_a_request_that_leaves_between_settling_and_admission_releases_what_was_kept() -> None:
     node = DecodeNode()
     node.accept(ROOM)
