@@ -70,6 +70,7 @@ def storm(servers: tuple[ServerSpec, ServerSpec], model: Path, prompts: Prompts,
 
 def stock_storm(model: Path, prompts: Prompts) -> Storm:
     """A stock pair was seen to leave a request unanswered. Nothing of ours runs in it: then another one is asked."""
+    # With HiCache on its decode server, too, stock fails some of these requests: "Decode transfer failed".
     servers = stock_pair(decode_hicache=False, **SETTINGS)
     try:
         return storm(servers, model, prompts, log_dir("waits-stock"))
@@ -85,7 +86,6 @@ def storms(model_path: Callable[[Model], Path]) -> Mapping[str, Storm]:
     model = model_path("gqa")
     flags = {"extra_flags": ("--dualpath-chunk-bytes", "262144")}  # so that both sides get a part of such small reads
     found = {
-        # With HiCache on its decode server, too, stock fails some of these requests: "Decode transfer failed".
         "stock": stock_storm(model, prompts),
         "ours": storm(dualpath_pair(**SETTINGS, **flags), model, prompts, log_dir("waits")),
     }
