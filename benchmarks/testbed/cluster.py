@@ -307,6 +307,8 @@ class Cluster:
         processes = [self.processes[name] for name in names]
         wait_until(all_ready, processes, what=f"{', '.join(names)} ready", deadline_s=_SERVER_DEADLINE_S)
         for name in names:
+            if name in self.clients:  # of the process that was there before a restart
+                self.clients[name].close()
             self.clients[name] = Client(self.places[name].url, timeout_s=self.spec.request_timeout_s)
 
     def _start_router(self, kind: RouterKind) -> None:
