@@ -17,6 +17,8 @@ that a server prints before it exits. The others are raised while serving, and e
 failed request.
 """
 
+from collections.abc import Callable
+
 from sglang_dualpath.policy import PolicyError, UnknownPolicyError
 from sglang_dualpath.protocol import ProtocolError
 
@@ -54,4 +56,13 @@ class ControlError(DualPathError):
 
 
 class TransferError(DualPathError):
-    """A push to a peer failed. The peer must treat the pages that it named as unwritten, or partly written."""
+    """A push to a peer failed. The peer must treat the pages that it named as unwritten, or partly written.
+
+    Args:
+        over: whether the engine has ended what it began of the push, asked from any thread. By default it has: only an
+            engine that cannot call back a write that takes too long has more to say.
+    """
+
+    def __init__(self, message: str, *, over: Callable[[], bool] = lambda: True) -> None:
+        super().__init__(message)
+        self.over = over

@@ -81,7 +81,7 @@ def _install() -> None:
     seams.check()
 
     from sglang_dualpath.compat import arguments, hooks
-    from sglang_dualpath.connector import mooncake
+    from sglang_dualpath.connector import kv_classes
     from sglang_dualpath.hicache.controller import DualPathCacheController
     from sglang_dualpath.hicache.decode import DualPathDecodeTree
     from sglang_dualpath.hicache.prefill import DualPathPrefillTree
@@ -93,8 +93,8 @@ def _install() -> None:
         prealloc_queue=DualPathDecodePreallocQueue,
         transfer_queue=DualPathDecodeTransferQueue,
         controller=DualPathCacheController,
-        kv_classes=mooncake.KV_CLASSES,
+        kv_classes=kv_classes,
         trees={"prefill": DualPathPrefillTree, "decode": DualPathDecodeTree},
     )
     hooks.install(ours)
-    arguments.register(functools.partial(hooks.verify, ours))
+    arguments.register(functools.partial(hooks.verify, ours), functools.partial(hooks.verify_connector, ours))

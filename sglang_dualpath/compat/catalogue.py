@@ -1,8 +1,11 @@
-"""Every name of SGLang 0.5.23 that this package imports, overrides, wraps or reads; see ``seams``."""
+"""Every name of SGLang 0.5.23 that this package imports, overrides, wraps or reads; see ``seams``.
+
+`SEAMS` are needed by every server, those of `CONNECTOR_SEAMS` by servers with that transfer backend.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from sglang_dualpath.compat.seams import Seam
 
@@ -22,7 +25,8 @@ _TRANSFER = _DISAGG + "decode.DecodeTransferQueue"
 _DECODE_REQUEST = _DISAGG + "decode.DecodeRequest"
 _MATCH = _DISAGG + "decode_hicache_mixin.DecodePrefixMatch"
 _COMMON = _DISAGG + "common.conn."
-_MOONCAKE = _DISAGG + "mooncake."
+_MOONCAKE = _DISAGG + "mooncake"
+_NIXL = _DISAGG + "nixl"
 _ENGINE = _SRT + "distributed.device_communicators.mooncake_transfer_engine.MooncakeTransferEngine"
 _STORE = _SRT + "mem_cache.storage.mooncake_store.mooncake_store.MooncakeStoreConfig"
 
@@ -199,21 +203,38 @@ SEAMS: tuple[Seam, ...] = (
     Seam(_DISAGG + "utils.KVClassType", "connector factory", "checks that it does", _PLUGGABLE),
     Seam(_DISAGG + "utils.TransferBackend", "connector factory", "checks that it does", _PLUGGABLE),
     Seam(_DISAGG + "base.KVPoll", "status of a transfer", "Bootstrapping until the read settled", _PLUGGABLE),
-    *_methods(_MOONCAKE[:-1], "MooncakeKVManager MooncakeKVReceiver MooncakeKVBootstrapServer", "connector classes",
-              "replaced by subclasses", _PLUGGABLE),
-    Seam(_MOONCAKE + "MooncakeKVReceiver.poll", "receiver status", "Bootstrapping until the read settled", _PLUGGABLE),
-    Seam(_MOONCAKE + "MooncakeKVReceiver.clear", "receiver end", "learns of dropped requests", _PLUGGABLE),
-    *_attributes(_MOONCAKE + "MooncakeKVReceiver", "init_time kv_mgr bootstrap_room bootstrap_addr", "a receiver",
+    Seam(_COMMON + "CommonKVReceiver", "connector class", "base of our receivers", _PLUGGABLE),
+    Seam(_COMMON + "CommonKVReceiver.poll", "receiver status", "Bootstrapping until the read settled", _PLUGGABLE),
+    Seam(_COMMON + "CommonKVReceiver.clear", "receiver end", "learns of dropped requests", _PLUGGABLE),
+    *_attributes(_COMMON + "CommonKVReceiver", "init_time kv_mgr bootstrap_room bootstrap_addr", "a receiver",
                  "finds its request's read", _PLUGGABLE),
+    Seam(_COMMON + "CommonKVBootstrapServer", "connector class", "base of our bootstrap servers", _PLUGGABLE),
     Seam(_COMMON + "CommonKVBootstrapServer._setup_routes", "bootstrap routes", "publishes endpoints", _PLUGGABLE),
     Seam(_COMMON + "CommonKVBootstrapServer", "bootstrap routes", "publishes endpoints", _PLUGGABLE, attribute="app"),
+    Seam(_COMMON + "CommonKVManager", "connector class", "base of our managers", _PLUGGABLE),
     Seam(_COMMON + "CommonKVManager", "address", "the control socket binds it", "never", attribute="local_ip"),
     *_attributes(_COMMON + "CommonKVManager", "bootstrap_host bootstrap_port dist_init_addr", "bootstrap server",
                  "endpoints are published there", _PLUGGABLE),
     Seam(_COMMON + "CommonKVManager", "patience", "a restore waits as long as a transfer", _WAITING,
          attribute="waiting_timeout"),
-    Seam(_MOONCAKE + "MooncakeKVManager", "transfer engine", "the hop uses it too", "never", attribute="engine"),
+)  # fmt: skip
+
+_MOONCAKE_SEAMS: tuple[Seam, ...] = (
+    *_methods(_MOONCAKE, "MooncakeKVManager MooncakeKVReceiver MooncakeKVBootstrapServer", "connector classes",
+              "replaced by subclasses", _PLUGGABLE),
+    Seam(_MOONCAKE + ".MooncakeKVManager", "transfer engine", "the hop uses it too", "never", attribute="engine"),
     Seam(_ENGINE + ".batch_transfer_sync", "push", "the hop", "never",
          ("session_id", "buffers", "peer_buffer_addresses", "lengths")),
     *_methods(_ENGINE, "get_session_id register deregister", "registered memory", "the hop", "never"),
 )  # fmt: skip
+
+# NIXL's own calls are not here: they are NIXL's, and public.
+_NIXL_SEAMS: tuple[Seam, ...] = (
+    *_methods(_NIXL, "NixlKVManager NixlKVReceiver NixlKVBootstrapServer", "connector classes",
+              "replaced by subclasses", _PLUGGABLE),
+    Seam(_NIXL + ".NixlKVManager", "NIXL agent, one that serialises calls", "the hop uses it too", "never",
+         attribute="agent"),
+)  # fmt: skip
+
+CONNECTOR_SEAMS: Mapping[str, tuple[Seam, ...]] = {"mooncake": _MOONCAKE_SEAMS, "nixl": _NIXL_SEAMS}
+"""What is relied on besides with one transfer backend, looked at when it is used."""

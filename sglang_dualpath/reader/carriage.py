@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from sglang_dualpath import metrics
 from sglang_dualpath.protocol import Cancelled, Done, Fail, clip
 from sglang_dualpath.reader.decode_read import Chunk
-from sglang_dualpath.reader.decode_state import DecodeState
+from sglang_dualpath.reader.decode_state import DecodeState, Withheld
 
 logger = logging.getLogger(__name__)
 
@@ -79,10 +79,18 @@ class Carriage:
             self._state.lock.notify_all()
         metrics.READ_BYTES.add(chunk.read_bytes, engine_role="decode", path="decode")
 
-    def pushed(self, chunk: Chunk, error: str | None, *, took_s: float = 0.0, drain_s: float = 0.0) -> None:
+    def pushed(
+        self,
+        chunk: Chunk,
+        error: str | None,
+        *,
+        took_s: float = 0.0,
+        drain_s: float = 0.0,
+        over: Callable[[], bool] = lambda: True,
+    ) -> None:
         """A chunk's push ended after ``took_s``, or was not tried (``error``).
 
-        Bytes of a failed one may arrive for ``drain_s`` more.
+        Bytes of a failed one may arrive for ``drain_s`` more, and until ``over()``.
 
         The first word on a chunk is the last one: another call changes nothing.
         """
@@ -98,7 +106,7 @@ class Carriage:
                     self._state.hop_rate.add(chunk.good_pages * self._state.pages.page_bytes, took_s)
                 self._done(chunk)
             else:
-                self._failed(chunk, error, drain_s)
+                self._failed(chunk, error, drain_s, over)
             self._state.pump()
             self._state.lock.notify_all()
 
@@ -111,7 +119,7 @@ class Carriage:
         overdue = self._state.clock() >= chunk.deadline_s
         return chunk.given_up or ("lease over during the push" if overdue else None)
 
-    def _failed(self, chunk: Chunk, error: str, drain_s: float) -> None:
+    def _failed(self, chunk: Chunk, error: str, drain_s: float, over: Callable[[], bool]) -> None:
         read, claim_id = chunk.read, chunk.grant.claim_id
         fail = Fail(read.room, chunk.grant.attempt, claim_id, clip(error))
         if chunk.given_up is None:
@@ -121,7 +129,7 @@ class Carriage:
             self._state.end(read, "given_up")
         if drain_s > 0:
             # Unsaid for so long, and the prefill engine takes the claim back by its lease, into quarantine.
-            self._state.draining.append((self._state.clock() + drain_s, read.endpoint, fail))
+            self._state.draining.append(Withheld(self._state.clock() + drain_s, over, read.endpoint, fail))
         elif chunk.given_up is None:
             self._state.last_word(read, fail)
         else:

@@ -8,6 +8,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from sglang_dualpath import metrics
 from sglang_dualpath.config import DualPathConfig
@@ -16,8 +17,19 @@ from sglang_dualpath.reader.decode_read import Asked, Chunk, DecodeRead, Phase
 from sglang_dualpath.reader.pool import HostPages
 from sglang_dualpath.reader.prefetch import Rate
 from sglang_dualpath.reader.pump import ClaimPump
+from sglang_dualpath.reader.sessions import Sessions
 
 logger = logging.getLogger(__name__)
+
+
+class Withheld(NamedTuple):
+    """The last word on a claim whose push failed, until no byte of it can arrive any more."""
+
+    due_s: float
+    over: Callable[[], bool]
+    """Whether the transfer engine has ended the push; not before that, however late it is."""
+    endpoint: str | None
+    word: Fail
 
 
 @dataclass(kw_only=True, eq=False)
@@ -39,8 +51,8 @@ class DecodeState:
     reads: OrderedDict[int, DecodeRead] = field(default_factory=OrderedDict)
     in_hand: set[tuple[str | None, int]] = field(default_factory=set)
     """Claims, by endpoint and claim id, whose last word this engine owes."""
-    draining: list[tuple[float, str | None, Fail]] = field(default_factory=list)
-    """Last words that must wait until no byte of a failed push can arrive any more."""
+    draining: list[Withheld] = field(default_factory=list)
+    sessions: Sessions = field(default_factory=Sessions)
     stopped: bool = False
     _requests: int = 0
 

@@ -86,7 +86,7 @@ def test_pages_have_the_geometry_of_sglangs_pool() -> None:
     keys, values = pool.pages.planes
     assert (keys.stride_bytes, keys.page_bytes) == (values.stride_bytes, values.page_bytes) == (2048, 2048)
     assert values.base - keys.base == 6 * 2048
-    assert pool.pages.regions() == [(pool.address, 6 * 4096)]
+    assert pool.pages.geometry.regions() == [(pool.address, 6 * 4096)]
 
 
 def test_scattered_pages_are_all_pages_and_hardly_ever_neighbours() -> None:

@@ -282,7 +282,7 @@ def test_a_server_that_lends_none_is_not_warned(forks: ForkServer, argv: Argv) -
 def test_store_and_hop_on_one_rdma_device_are_warned_of(forks: ForkServer, argv: Argv) -> None:
     settings = {"global_segment_size": 0, "protocol": "rdma"}
     log = mooncake_log(forks, argv, settings, env={"MC_FORCE_TCP": "0"})
-    assert "The store's transfers and the hop share a NIC (Mooncake chooses from all)" in log
+    assert "The store's transfers and the hop share a NIC (chosen from all)" in log
 
 
 def test_without_rdma_nothing_is_said_of_devices(forks: ForkServer, argv: Argv) -> None:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from sglang_dualpath.errors import TransferError
-from sglang_dualpath.transfer import Descriptor
+from sglang_dualpath.transfer import Descriptor, Peer, PoolGeometry, push_plan
 from tests.reader.host import PLANE_BYTES, Slots
 
 
@@ -15,6 +15,7 @@ class Hop:
     """Each write is checked when it happens. ``gate`` closed: pushes hang half done."""
 
     drain_s = 0.0
+    metadata = b""
 
     def __init__(self, session: str, pool: Slots, sessions: dict[str, Slots]) -> None:
         self.session = session
@@ -31,10 +32,12 @@ class Hop:
         self._sessions = sessions
         sessions[session] = pool
 
-    def register(self, regions: Sequence[tuple[int, int]]) -> None:
+    def register(self, pool: PoolGeometry) -> None:
         pass
 
-    def push(self, session: str, descriptors: Sequence[Descriptor]) -> None:
+    def push(self, peer: Peer, source_slots: Sequence[int], target_slots: Sequence[int]) -> None:
+        session = peer.session
+        descriptors = push_plan(self._pool.pages.geometry, source_slots, peer.pool, target_slots)
         self.in_flight += 1
         self.pushes += 1
         try:
