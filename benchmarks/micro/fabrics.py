@@ -104,8 +104,9 @@ class NixlFabric:
 
     def write(self, offset: int, length: int) -> None:
         if length not in self._blocks:
-            self._blocks[length] = self._prepare("", self._base, length), self._prepare(
-                self._session, self._peer_base, length
+            self._blocks[length] = (
+                self._prepare("", self._base, length),
+                self._prepare(self._session, self._peer_base, length),
             )
         ours, theirs = self._blocks[length]
         index = np.array([offset // length], dtype=np.int32)

@@ -34,9 +34,7 @@ class PoolGeometry(NamedTuple):
     def regions(self) -> list[tuple[int, int]]:
         """Address and length of the memory to register, joined where planes lie side by side."""
         last = self.slots - 1
-        spans = sorted(
-            (plane.base, plane.base + last * plane.stride_bytes + plane.page_bytes) for plane in self.planes
-        )
+        spans = sorted((plane.base, plane.base + last * plane.stride_bytes + plane.page_bytes) for plane in self.planes)
         joined: list[tuple[int, int]] = []
         for start, end in spans:
             if joined and start <= joined[-1][1]:

@@ -34,6 +34,8 @@ class MemoryTransport:
 
     def register(self, pool: PoolGeometry) -> None:
         self._pool = pool
+        with self._lock:
+            self._peers[self._session] = self
 
     def push(self, peer: Peer, source_slots: Sequence[int], target_slots: Sequence[int]) -> None:
         plan = push_plan(self._pool, source_slots, peer.pool, target_slots)

@@ -25,6 +25,8 @@ from sglang_dualpath.transfer.base import Peer, PoolGeometry, check_layouts
 
 logger = logging.getLogger(__name__)
 
+_Indices = npt.NDArray[np.int32]
+
 # As long as Mooncake waits by default.
 _DEADLINE_S = 30.0
 # A write that failed is purged with its connection. UCX looks after a silent peer every 20 s (UCX_KEEPALIVE_INTERVAL),
@@ -85,8 +87,8 @@ class NixlTransport:
         except Exception as fault:  # NIXL's exceptions have no base of their own
             size_bytes = sum(length for _, length in regions)
             raise TransferError(
-                f"NIXL could not register {size_bytes} bytes of the host pool ({_said(fault)}); check the memlock limit, "
-                "and that nixl is at least 1.5"
+                f"NIXL could not register {size_bytes} bytes of the host pool ({_said(fault)}); check the memlock "
+                "limit, and that nixl is at least 1.5"
             ) from fault
         if len(self._metadata) > MAX_METADATA_BYTES:
             raise TransferError(
@@ -107,14 +109,25 @@ class NixlTransport:
             if met.straggler is not None and not met.straggler.ended:
                 raise TransferError(f"an earlier push to {peer.session} has not ended yet")
             met.straggler = None
+            ours, theirs = _indices(self._pool, source_slots), _indices(peer.pool, target_slots)
             try:
-                self._meet(met, peer)
-                ours, theirs = _indices(self._pool, source_slots), _indices(peer.pool, target_slots)
-                handle = self._agent.make_prepped_xfer("WRITE", self._pages, ours, met.pages, theirs)
+                handle = self._make(met, peer, ours, theirs)
             except Exception as fault:
-                self._forget(met)
                 raise TransferError(f"NIXL cannot write to {peer.session}: {_said(fault)}") from fault
             self._carry(met, peer.session, handle, len(source_slots))
+
+    def _make(self, met: _Met, peer: Peer, ours: _Indices, theirs: _Indices) -> Any:
+        """A write that is ready to be posted. Raises whatever NIXL raises."""
+        was_met = met.peer == peer
+        try:
+            self._meet(met, peer)
+            return self._agent.make_prepped_xfer("WRITE", self._pages, ours, met.pages, theirs)
+        except Exception:
+            self._forget(met)
+            if not was_met:
+                raise
+        # Its metadata may have been loaded or dropped since by others that use the agent.
+        return self._make(met, peer, ours, theirs)
 
     def _carry(self, met: _Met, session: str, handle: Any, pages: int) -> None:
         """Post a write and wait for its end. Releases ``handle``, or leaves it to a straggler."""
@@ -272,7 +285,7 @@ def _prepared(pool: PoolGeometry) -> npt.NDArray[np.uint64]:
     return np.array(runs, dtype=np.uint64)
 
 
-def _indices(pool: PoolGeometry, slots: Sequence[int]) -> npt.NDArray[np.int32]:
+def _indices(pool: PoolGeometry, slots: Sequence[int]) -> _Indices:
     """Positions of ``slots`` among the prepared pages, plane by plane: int32, shape ``(planes * len(slots),)``."""
     starts = np.arange(len(pool.planes), dtype=np.int64) * pool.slots
     return (starts[:, None] + np.asarray(slots, dtype=np.int64)[None, :]).ravel().astype(np.int32)

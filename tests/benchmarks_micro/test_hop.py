@@ -25,9 +25,10 @@ def sample(path: str, megabytes_per_s: float, *, message_bytes: int = MIB, cpu_s
     return Sample(path, message_bytes, moved, moved / (megabytes_per_s * 1e6), Cpu(cpu_s, cpu_s / 2), Cpu(cpu_s, 0.0))
 
 
-def test_every_path_brings_every_byte_and_is_measured_alternating() -> None:
+@pytest.mark.parametrize("transport", ["mooncake", "nixl"])
+def test_every_path_brings_every_byte_and_is_measured_alternating(transport: str) -> None:
     # Smaller than a page of the fixed setting: one page a message. `measure` compares the bytes at both ends.
-    settings = HopSettings(message_bytes=(8 << 10,), sample_bytes=64 << 10, repetitions=2, warm_up=0)
+    settings = HopSettings(transport, message_bytes=(8 << 10,), sample_bytes=64 << 10, repetitions=2, warm_up=0)
     samples = measure(settings)
     assert [one.path for one in samples] == [*PATHS, *reversed(PATHS)]
     assert all(one.moved_bytes == 64 << 10 and one.seconds > 0 for one in samples)
@@ -68,15 +69,15 @@ def test_a_path_that_does_not_exist_is_refused() -> None:
         measure(HopSettings(paths=("pigeon",)))
 
 
-def test_a_transport_without_a_push_is_refused_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "says"), [("nixl", r"`nixl`\.$"), ("mooncake", r"non-cuda build\.$")])
+def test_a_transfer_engine_that_is_not_installed_is_named_in_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, name: str, says: str
+) -> None:
     found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "nixl" else found(name))
-    with pytest.raises(BenchmarkError, match=r"install the package `nixl`\.$"):
-        fabrics.fabric("nixl")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    with pytest.raises(BenchmarkError, match="--transport mooncake"):
-        fabrics.fabric("nixl")
-    result = CliRunner().invoke(app, ["hop", "--transport", "nixl"])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda asked: None if asked == name else found(asked))
+    with pytest.raises(BenchmarkError, match=says):
+        fabrics.fabric(name)
+    result = CliRunner().invoke(app, ["hop", "--transport", name])
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr.strip().count("\n") == 0
 

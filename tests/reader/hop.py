@@ -11,19 +11,27 @@ from sglang_dualpath.transfer import Descriptor, Peer, PoolGeometry, push_plan
 from tests.reader.host import PLANE_BYTES, Slots
 
 
+def introduction(session: str) -> bytes:
+    """What a transfer engine must know of this session."""
+    return f"metadata of {session}".encode()
+
+
 class Hop:
     """Each write is checked when it happens. ``gate`` closed: pushes hang half done."""
 
     drain_s = 0.0
-    metadata = b""
 
     def __init__(self, session: str, pool: Slots, sessions: dict[str, Slots]) -> None:
         self.session = session
+        self.metadata = introduction(session)
         self.gate = threading.Event()
         self.gate.set()
         self.latency_s = 0.0
         self.fault: Callable[[str], None] = lambda session: None
         self.late_write_s: float | None = None
+        self.over: Callable[[], bool] = lambda: True
+        self.strangers: list[Peer] = []
+        """Peers that were pushed to without knowing what they say of themselves."""
         self.pushes = 0
         self.in_flight = 0
         self.written: set[tuple[str, int]] = set()
@@ -37,6 +45,8 @@ class Hop:
 
     def push(self, peer: Peer, source_slots: Sequence[int], target_slots: Sequence[int]) -> None:
         session = peer.session
+        if peer.metadata != introduction(session):
+            self.strangers.append(peer)
         descriptors = push_plan(self._pool.pages.geometry, source_slots, peer.pool, target_slots)
         self.in_flight += 1
         self.pushes += 1
@@ -46,7 +56,7 @@ class Hop:
                 timer = threading.Timer(self.late_write_s, self._write, (session, descriptors))
                 timer.daemon = True
                 timer.start()
-                raise TransferError("timed out")
+                raise TransferError("timed out", over=self.over)
             time.sleep(self.latency_s)
             self.fault(session)
             self._write(session, descriptors[: len(descriptors) // 2])

@@ -102,6 +102,25 @@ def test_a_failed_push_whose_bytes_come_later_harms_nobody(cluster: Cluster) -> 
     cluster.check()
 
 
+def test_the_word_on_a_push_that_cannot_be_called_back_waits_until_it_has_ended(cluster: Cluster) -> None:
+    prefill, decode = cluster.prefill(policy="decode"), cluster.decode()
+    hashes = cluster.stored("a", PAGES)
+    ended: list[bool] = []
+    # It is far longer on its way than any time that could be known beforehand.
+    decode.hop.late_write_s, decode.hop.drain_s, decode.hop.over = 1.0, 0.05, lambda: bool(ended)
+    job = cluster.request(hashes)
+    assert job.result() == PAGES
+    decode.settle(1)
+    wait_for(lambda: decode.hop.written)
+    assert prefill.reserve.quarantined
+    assert not cluster.wire.sent(Fail)
+    ended.append(True)
+    wait_for(lambda: prefill.reserve.quarantined == 0, "quarantine ended")
+    assert cluster.wire.sent(Fail)
+    job.check()
+    cluster.check()
+
+
 def test_the_word_on_a_failed_push_does_not_free_its_slots_at_once(cluster: Cluster) -> None:
     # A frozen prefill engine finds in its kernel both the word and bytes that its transfer engine has yet to copy.
     prefill, decode = cluster.prefill(policy="decode"), cluster.decode()

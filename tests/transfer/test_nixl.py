@@ -1,0 +1,370 @@
+"""NIXL where things go wrong: between real agents in two processes, and with an agent that says what a test wants."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks.micro.fabrics import fabric
+from benchmarks.micro.workers import Worker
+from sglang_dualpath.errors import TransferError
+from sglang_dualpath.protocol import MAX_METADATA_BYTES
+from sglang_dualpath.transfer import Peer, PlaneGeometry, PoolGeometry
+from sglang_dualpath.transfer import nixl as nixl_module
+from sglang_dualpath.transfer.nixl import NixlTransport
+from tests.transfer.ends import SLOTS, End
+
+POOL = PoolGeometry((PlaneGeometry(1000, 10, 10), PlaneGeometry(5000, 20, 8)), 6)
+PEER = Peer("there", b"about there", PoolGeometry((PlaneGeometry(7000, 10, 10), PlaneGeometry(9000, 8, 8)), 4))
+
+
+# -- real agents -------------------------------------------------------------------------------------------------------
+
+
+def start(stack: ExitStack, name: str, *settings: Any) -> Worker:
+    # Over TCP, as only there a frozen peer holds a write up: through shared memory UCX writes into its pages directly.
+    environment = {**fabric("nixl").environment, "UCX_TLS": "tcp,self", "OMP_NUM_THREADS": "1"}
+    return stack.enter_context(Worker(name, End, "nixl", *settings, environment=environment))
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as made:
+        yield made
+
+
+def test_a_frozen_peer_is_overdue_and_gets_all_of_the_write_when_it_wakes(stack: ExitStack) -> None:
+    """Why the last word on such a push must wait: nothing that NIXL offers calls its bytes back."""
+    here, there = start(stack, "here", 512, 0.3), start(stack, "there", 512)
+    peer = there.call("peer")
+    assert here.call("push", peer, [0], [0]) is None
+    wanted = here.call("page", 5)
+    pid = there.call("pid")
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        said = here.call("push", peer, list(range(SLOTS)), list(range(SLOTS)))
+        assert said is not None
+        assert "not ended" in said
+        assert not here.call("over", 0.2)
+        again = here.call("push", peer, [1], [1])
+        assert again is not None
+        assert "earlier push" in again
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    here.call("forget_last")
+    assert here.call("over", 20.0)
+    assert there.call("page", 5) == wanted
+    assert here.call("push", peer, [2], [3]) is None
+    assert there.call("page", 3) == here.call("page", 2)
+
+
+def test_a_peer_that_died_is_an_error_and_its_successor_is_reached(stack: ExitStack) -> None:
+    here, there = start(stack, "here"), start(stack, "there")
+    peer = there.call("peer")
+    assert here.call("push", peer, [0], [0]) is None
+    os.kill(there.call("pid"), signal.SIGKILL)
+    assert here.call("push", peer, [1], [1]) is not None
+    assert here.call("push", peer, [1], [1]) is not None
+    successor = start(stack, "successor")
+    assert here.call("push", successor.call("peer"), [1], [1]) is None
+    assert successor.call("page", 1) == here.call("page", 1)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (lambda peer: peer._replace(metadata=b""), "did not say"),
+        (lambda peer: peer._replace(metadata=b"junk"), "cannot write"),
+        (lambda peer: peer._replace(metadata=peer.metadata[: len(peer.metadata) // 2]), "cannot write"),
+        (lambda peer: peer._replace(session="somebody else"), "metadata is that of"),
+        (lambda peer: peer._replace(pool=PoolGeometry(peer.pool.planes, SLOTS + 1000)), "cannot write"),
+        (lambda peer: peer._replace(pool=PoolGeometry(peer.pool.planes, 2)), "cannot write"),
+    ],
+    ids=["nothing", "junk", "half", "of another", "too large", "a slot beyond its end"],
+)
+def test_a_peer_that_says_wrong_things_of_itself_is_an_error_and_a_right_one_is_reached_after_it(
+    reachable: tuple[Worker, Worker], wrong: Callable[[Peer], Peer], says: str
+) -> None:
+    here, there = reachable
+    peer = there.call("peer")
+    said = here.call("push", wrong(peer), [3], [3])
+    assert said is not None
+    assert says in said
+    assert here.call("push", peer, [3], [4]) is None
+    assert there.call("page", 4) == here.call("page", 3)
+
+
+@pytest.fixture(scope="module")
+def reachable() -> Iterator[tuple[Worker, Worker]]:
+    with ExitStack() as made:
+        yield start(made, "here"), start(made, "there")
+
+
+# -- an agent that does what a test wants ------------------------------------------------------------------------------
+
+
+class Handle:
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name = name
+        self._log = log
+
+    def release(self) -> None:
+        self._log.append(f"release {self.name}")
+
+
+class Agent:
+    """NIXL's interface. `states` are what a write goes through, the last one for ever; an exception is raised."""
+
+    name = "here"
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.states: list[str | Exception] = ["DONE"]
+        self.moved: list[tuple[list[int], list[int]]] = []
+        self.prepared: dict[str, list[list[int]]] = {}
+        self.about = b"about here"
+        self.loaded_as: bytes | str = b"there"
+        self.handles = 0
+        self.asked = 0
+
+    def register_memory(self, regions: list[tuple[int, int, int, str]], kind: str) -> object:
+        self.log.append(f"register {[region[:2] for region in regions]} {kind}")
+        return "regions"
+
+    def deregister_memory(self, regions: object) -> None:
+        self.log.append(f"deregister {regions}")
+
+    def get_partial_agent_metadata(self, regions: object, connection: bool) -> bytes:
+        assert (regions, connection) == ("regions", True)
+        return self.about
+
+    def prep_xfer_dlist(self, agent: str, runs: Any, kind: str) -> Handle:
+        assert kind == "DRAM"
+        assert runs.dtype == np.uint64
+        self.prepared[agent] = runs.tolist()
+        return Handle(f"pages of {agent or 'here'}", self.log)
+
+    def add_remote_agent(self, metadata: bytes) -> bytes | str:
+        self.log.append(f"load {metadata.decode()}")
+        return self.loaded_as
+
+    def remove_remote_agent(self, agent: str) -> None:
+        self.log.append(f"unload {agent}")
+
+    def make_prepped_xfer(self, kind: str, ours: Handle, from_: Any, theirs: Handle, to: Any) -> Handle:
+        assert (kind, ours.name, theirs.name) == ("WRITE", "pages of here", "pages of there")
+        assert from_.dtype == to.dtype == np.int32
+        self.moved.append((from_.tolist(), to.tolist()))
+        self.handles += 1
+        return Handle(f"write {self.handles}", self.log)
+
+    def transfer(self, handle: Handle) -> str:
+        return self.check_xfer_state(handle)
+
+    def check_xfer_state(self, handle: Handle) -> str:
+        self.asked += 1
+        state = self.states.pop(0) if len(self.states) > 1 else self.states[0]
+        if isinstance(state, Exception):
+            raise state
+        return state
+
+
+@pytest.fixture
+def agent() -> Agent:
+    return Agent()
+
+
+def transport_over(agent: Agent, **settings: Any) -> NixlTransport:
+    transport = NixlTransport(agent, **settings)
+    transport.register(POOL)
+    return transport
+
+
+def test_pages_are_prepared_once_on_both_sides_and_pushed_by_number(agent: Agent) -> None:
+    transport = transport_over(agent)
+    assert agent.prepared[""] == [[1000, 10, 0, 10, 6], [5000, 8, 0, 20, 6]]
+    transport.push(PEER, [0, 5], [3, 1])
+    transport.push(PEER, [2], [2])
+    assert agent.prepared["there"] == [[7000, 10, 0, 10, 4], [9000, 8, 0, 8, 4]]
+    assert agent.moved == [([0, 5, 6, 11], [3, 1, 7, 5]), ([2, 8], [2, 6])]
+    assert [line for line in agent.log if "load" in line] == ["load about there"]
+
+
+def test_what_peers_must_know_is_that_of_the_host_pool_alone(agent: Agent) -> None:
+    transport = transport_over(agent)
+    assert (transport.session, transport.metadata) == ("here", b"about here")
+    assert agent.log == ["register [(1000, 60), (5000, 108)] DRAM"]
+
+
+def test_more_than_an_offer_can_carry_is_refused_at_start(agent: Agent) -> None:
+    agent.about = bytes(MAX_METADATA_BYTES + 1)
+    with pytest.raises(TransferError, match="UCX_NET_DEVICES"):
+        transport_over(agent)
+
+
+def test_memory_that_cannot_be_registered_is_refused_at_start(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> object:
+        raise ValueError("NIXL_ERR_BACKEND")
+
+    monkeypatch.setattr(agent, "register_memory", refuse)
+    with pytest.raises(TransferError, match=r"168 bytes .*NIXL_ERR_BACKEND.*memlock"):
+        transport_over(agent)
+
+
+@pytest.mark.parametrize(
+    ("states", "says"),
+    [
+        (["ERR"], "an error"),
+        (["PROC", "PROC", "ERR"], "an error"),
+        ([RuntimeError("NIXL_ERR_BACKEND")], "NIXL_ERR_BACKEND"),
+        (["PROC", RuntimeError("NIXL_ERR_REMOTE_DISCONNECT"), "DONE"], "NIXL_ERR_REMOTE_DISCONNECT"),
+    ],
+)
+def test_a_failed_write_is_released_and_its_peer_is_met_again(
+    agent: Agent, states: list[str | Exception], says: str
+) -> None:
+    transport = transport_over(agent)
+    agent.states = states
+    with pytest.raises(TransferError, match=says) as caught:
+        transport.push(PEER, [0], [0])
+    assert caught.value.over()
+    assert transport.drain_s >= 60
+    assert agent.log[-3:] == ["release write 1", "release pages of there", "unload there"]
+    agent.states = ["PROC", "DONE"]
+    transport.push(PEER, [0], [0])
+    assert agent.log[-2:] == ["load about there", "release write 2"]
+
+
+def test_a_peer_whose_metadata_others_have_dropped_is_met_again_within_the_push(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transport = transport_over(agent)
+    transport.push(PEER, [0], [0])
+    make, failures = agent.make_prepped_xfer, [RuntimeError("NIXL_ERR_NOT_FOUND")]
+
+    def fail_first(*arguments: Any) -> Handle:
+        if failures:
+            raise failures.pop()
+        return make(*arguments)
+
+    monkeypatch.setattr(agent, "make_prepped_xfer", fail_first)
+    transport.push(PEER, [1], [1])
+    assert agent.log[-4:] == ["release pages of there", "unload there", "load about there", "release write 2"]
+
+
+def test_every_write_is_released(agent: Agent) -> None:
+    transport = transport_over(agent)
+    for _ in range(3):
+        transport.push(PEER, [0], [0])
+    assert [line for line in agent.log if line.startswith("release")] == [f"release write {n}" for n in (1, 2, 3)]
+
+
+def test_an_overdue_write_is_kept_until_it_has_ended(agent: Agent) -> None:
+    transport = transport_over(agent, deadline_s=0.05)
+    agent.states = ["PROC"]
+    with pytest.raises(TransferError, match=r"not ended a push to there in 0\.05 s") as caught:
+        transport.push(PEER, [0], [0])
+    with pytest.raises(TransferError, match="earlier push"):
+        transport.push(PEER, [0], [0])
+    assert not caught.value.over()
+    assert "release write 1" not in agent.log
+    agent.states = ["DONE"]
+    wait_until(caught.value.over)
+    assert agent.log[-1] == "release write 1"
+    transport.push(PEER, [0], [0])
+    wait_until(lambda: not any(thread.name.startswith("dualpath-nixl") for thread in threading.enumerate()))
+
+
+def test_an_overdue_write_that_fails_is_over_when_nothing_of_it_can_be_under_way(agent: Agent) -> None:
+    transport = transport_over(agent, deadline_s=0.02)
+    transport.drain_s = 0.3
+    agent.states = ["PROC"]
+    with pytest.raises(TransferError) as caught:
+        transport.push(PEER, [0], [0])
+    agent.states = [RuntimeError("NIXL_ERR_REMOTE_DISCONNECT")]
+    wait_until(lambda: "release write 1" in agent.log)
+    assert not caught.value.over()
+    wait_until(caught.value.over)
+
+
+def test_waiting_asks_seldom(agent: Agent) -> None:
+    transport = transport_over(agent, deadline_s=0.4)
+    agent.states = ["PROC"]
+    with pytest.raises(TransferError):
+        transport.push(PEER, [0], [0])
+    assert agent.asked < 150
+
+
+def test_the_first_question_comes_when_most_of_the_time_that_it_takes_has_passed(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s, pauses = 100.0, list[float]()
+
+    def sleep(pause_s: float) -> None:
+        nonlocal now_s
+        pauses.append(pause_s)
+        now_s += pause_s
+
+    clock = type("Clock", (), {"monotonic": staticmethod(lambda: now_s), "sleep": staticmethod(sleep)})
+    monkeypatch.setattr(nixl_module, "time", clock)
+    transport = transport_over(agent)
+    monkeypatch.setattr(agent, "check_xfer_state", lambda handle: "DONE" if now_s >= done_s else "PROC")
+    done_s = now_s + 0.005
+    transport.push(PEER, [0, 1], [0, 1])
+    asked_at_first = len(pauses)
+    pauses.clear()
+    done_s = now_s + 0.01
+    transport.push(PEER, [0, 1, 2, 3], [0, 1, 2, 3])
+    assert pauses[0] == pytest.approx(0.008, rel=0.1)
+    assert len(pauses) < asked_at_first / 4
+    assert now_s - done_s < 0.06 * 0.01
+
+
+def test_pools_that_differ_are_refused_before_anything_is_written(agent: Agent) -> None:
+    transport = transport_over(agent)
+    other = PEER._replace(pool=PoolGeometry((PlaneGeometry(7000, 10, 9),), 4))
+    with pytest.raises(ValueError, match="differ"):
+        transport.push(other, [0], [0])
+    with pytest.raises(ValueError, match="1 source pages for 2"):
+        transport.push(PEER, [0], [0, 1])
+    assert not agent.moved
+
+
+def test_names_of_peers_may_be_text(agent: Agent) -> None:
+    agent.loaded_as = "there"
+    transport_over(agent).push(PEER, [0], [0])
+    assert agent.moved
+
+
+def test_peers_are_forgotten_when_there_are_too_many(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nixl_module, "_MAX_PEERS", 1)
+    transport = transport_over(agent)
+    transport.push(PEER, [0], [0])
+    agent.loaded_as = "third"
+    monkeypatch.setattr(agent, "make_prepped_xfer", lambda *_: Handle("write", agent.log))
+    transport.push(PEER._replace(session="third"), [0], [0])
+    assert "unload there" in agent.log
+
+
+def test_closing_gives_everything_back_once(agent: Agent) -> None:
+    transport = transport_over(agent)
+    transport.push(PEER, [0], [0])
+    agent.log.clear()
+    transport.close()
+    transport.close()
+    assert agent.log == ["release pages of there", "unload there", "release pages of here", "deregister regions"]
+
+
+def wait_until(so: Callable[[], bool], within_s: float = 10.0) -> None:
+    until_s = time.monotonic() + within_s
+    while not so():
+        assert time.monotonic() < until_s
+        time.sleep(0.01)
