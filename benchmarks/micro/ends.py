@@ -6,7 +6,6 @@ page in place at once, so that a read is nothing but the hop.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import socket
 import threading
@@ -285,7 +284,6 @@ class Source:
             self._fabric.transport.close()
 
 
-@functools.cache
 def environment(transport: str) -> dict[str, str]:
     """What the ends' processes need in their environment."""
     return {**fabric(transport).environment, "OMP_NUM_THREADS": "1"}

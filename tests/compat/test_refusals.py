@@ -70,8 +70,8 @@ CASES = {
     "encoder": Case(("--encoder-only",), ("--encoder-only", "no KV cache"), mode=None),
     "encoder with a role": Case(("--encoder-only",), ("--encoder-only", "no KV cache")),
     "language model of an encoder": Case(("--language-only",), ("--language-only", "encoder"), mode="prefill"),
-    "transfer backend nixl": Case(
-        ("--disaggregation-transfer-backend", "nixl"), ("--disaggregation-transfer-backend nixl", "mooncake")
+    "transfer backend mori": Case(
+        ("--disaggregation-transfer-backend", "mori"), ("--disaggregation-transfer-backend mori", "mooncake", "nixl")
     ),
     "transfer backend fake": Case(
         ("--disaggregation-transfer-backend", "fake"), ("--disaggregation-transfer-backend fake", "mooncake")
@@ -184,12 +184,21 @@ def test_without_the_flag_none_of_it_is_our_business(forks: ForkServer, argv: Ar
         (("--hicache-mem-layout", "page_first"), "file"),
         (("--hicache-mem-layout", "layer_first", "--hicache-io-backend", "kernel"), "mooncake"),
         (("--disaggregation-transfer-backend", "mooncake_tcp"), "file"),
+        (("--disaggregation-transfer-backend", "nixl"), "file"),
         (("--hicache-write-policy", "write_through_selective"), "file"),
     ],
 )
 def test_is_not_refused(forks: ForkServer, argv: Argv, flags: tuple[str, ...], storage: str) -> None:
     outcome = forks.run("launch_server", argv("decode", *flags, storage=storage))
     assert outcome.code == 0, outcome.stderr
+
+
+def test_nixl_without_its_package_is_refused(forks: ForkServer, argv: Argv) -> None:
+    line = argv("prefill", "--disaggregation-transfer-backend", "nixl")
+    sentence = forks.run("launch_server_without", "nixl", line).sentence
+    assert "--disaggregation-transfer-backend nixl without the package nixl" in sentence
+    assert sentence.endswith("pip install nixl.")
+    assert forks.run("launch_server_without", "nixl", argv("prefill")).code == 0
 
 
 # -- models ------------------------------------------------------------------------------------------------------------

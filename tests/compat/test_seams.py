@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,7 +12,8 @@ from pathlib import Path
 import pytest
 
 import sglang_dualpath
-from sglang_dualpath.compat.catalogue import SEAMS
+from sglang_dualpath.compat.catalogue import CONNECTOR_SEAMS
+from sglang_dualpath.compat.catalogue import SEAMS as COMMON_SEAMS
 from sglang_dualpath.compat.seams import SUPPORTED_RELEASE, Seam, check
 from sglang_dualpath.errors import SeamError
 from tests.compat.forks import ForkServer, Outcome
@@ -22,6 +24,7 @@ pytestmark = pytest.mark.timeout(300)
 
 PACKAGE = Path(sglang_dualpath.__file__).parent
 SWITCH = {"SGLANG_KV_CONNECTOR": "dualpath"}
+SEAMS = (*COMMON_SEAMS, *itertools.chain.from_iterable(CONNECTOR_SEAMS.values()))
 
 
 # -- one missing -------------------------------------------------------------------------------------------------------
@@ -46,6 +49,13 @@ def test_a_missing_seam_stops_the_process_with_a_sentence_that_names_it(
         assert f"{seam.name} is missing" in sentence
     assert sentence.startswith(f"SGLang {SUPPORTED_RELEASE} lacks what sglang_dualpath hooks into")
     assert sentence.endswith("install stock SGLang, or drop --kv-connector.")
+
+
+@pytest.mark.parametrize(("backend", "other"), [("mooncake", "nixl"), ("nixl", "mooncake")])
+def test_only_the_connector_in_use_is_looked_at(forks: ForkServer, backend: str, other: str) -> None:
+    outcome = forks.run("without_the_other_connector", backend, other, env=SWITCH)
+    assert outcome.code == 0, outcome.stderr
+    assert outcome.report == {"imported": [f"sglang_dualpath.connector.{backend}"]}
 
 
 def test_stock_sglang_has_every_seam(forks: ForkServer) -> None:

@@ -250,7 +250,7 @@ def test_what_is_not_overridden_is_not_logged(forks: ForkServer, argv: Argv) -> 
     assert "host pool is" not in log
 
 
-@pytest.mark.parametrize("backend", ["mooncake", "mooncake_tcp"])
+@pytest.mark.parametrize("backend", ["mooncake", "mooncake_tcp", "nixl"])
 def test_the_transfer_backend_stays_as_given(forks: ForkServer, argv: Argv, backend: str) -> None:
     assert "disaggregation_transfer_backend" not in changed(
         forks, argv, "prefill", "--disaggregation-transfer-backend", backend
