@@ -247,6 +247,6 @@ def clean_environment(base: Mapping[str, str]) -> dict[str, str]:
         key: value
         for key, value in base.items()
         if key.lower() not in {"http_proxy", "https_proxy", "all_proxy", "no_proxy"}
-        and not key.startswith(("SGLANG_", "MOONCAKE_", "MC_", "PROMETHEUS_MULTIPROC"))
+        and not key.startswith(("SGLANG_", "MOONCAKE_", "MC_", "NIXL_", "UCX_", "PROMETHEUS_MULTIPROC"))
     }
     return env | {"no_proxy": "*", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}

@@ -125,6 +125,7 @@ def pair(
     policy_file = work / f"policy-{row}"
     settings = {
         **SETTINGS,
+        "transfer_backend": row.transfer,
         # Small chunks: `split` shares what takes longer than one of them, by the rates that it has seen.
         "extra_flags": ("--dualpath-policy", "tests.e2e.policies:Switchable", "--dualpath-chunk-bytes", "262144"),
         "extra_env": {

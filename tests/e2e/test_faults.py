@@ -21,7 +21,7 @@ from benchmarks.testbed.servers import ServerSpec
 from benchmarks.testbed.store import StoreSpec
 from tests.e2e.conftest import REPOSITORY, SETTINGS, log_dir
 from tests.e2e.counters import Counters, count
-from tests.e2e.cover import Model
+from tests.e2e.cover import TRANSFERS, Model
 from tests.e2e.direct import ask_pair
 from tests.e2e.faulty_store import ROLE_ENV
 
@@ -85,8 +85,8 @@ class Faults:
         return int(line.split("control tcp://")[1].split(",")[0].rpartition(":")[2])
 
 
-@pytest.fixture(scope="module")
-def faults(model_path: Callable[[Model], Path]) -> Iterator[Faults]:
+@pytest.fixture(scope="module", params=TRANSFERS)
+def faults(request: pytest.FixtureRequest, model_path: Callable[[Model], Path]) -> Iterator[Faults]:
     flags = (
         "--dualpath-policy", "tests.e2e.policies:Sharing", "--dualpath-chunk-bytes", "524288",
         "--dualpath-hello-silence", str(SILENCE_S), "--dualpath-read-deadline", str(DEADLINE_S),
@@ -99,6 +99,7 @@ def faults(model_path: Callable[[Model], Path]) -> Iterator[Faults]:
             name=name,
             kv_connector=connector,
             hicache=connector is not None or role == "prefill",
+            transfer_backend=request.param,
             extra_flags=flags if connector else (),
             extra_env={ROLE_ENV: role, "PYTHONPATH": str(REPOSITORY), **env},
             **SETTINGS,  # type: ignore[arg-type]
@@ -116,7 +117,7 @@ def faults(model_path: Callable[[Model], Path]) -> Iterator[Faults]:
         router=None,
         network=NetworkSpec(snic_bits_per_s=None, cnic_bits_per_s=None),
     )
-    with Cluster(spec, log_dir=log_dir("faults")) as cluster:
+    with Cluster(spec, log_dir=log_dir(f"faults-{request.param}")) as cluster:
         faults = Faults(cluster)
         faults.flush()
         yield faults
