@@ -127,7 +127,7 @@ class Carriage:
             self._state.fall_back(read, "push_failed")
         else:
             self._state.end(read, "given_up")
-        if drain_s > 0:
+        if drain_s > 0 or not over():
             # Unsaid for so long, and the prefill engine takes the claim back by its lease, into quarantine.
             self._state.draining.append(Withheld(self._state.clock() + drain_s, over, read.endpoint, fail))
         elif chunk.given_up is None:

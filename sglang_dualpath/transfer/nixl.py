@@ -175,9 +175,10 @@ class NixlTransport:
             raise TransferError("it did not say what NIXL must know of it")
         name = self._agent.add_remote_agent(peer.metadata)
         name = name.decode() if isinstance(name, bytes) else name
-        met.name = name
         if name != peer.session:
+            # Not unloaded: somebody else's writes may be under way by that name.
             raise TransferError(f"its metadata is that of {name}")
+        met.name = name
         met.pages = self._agent.prep_xfer_dlist(name, _prepared(peer.pool), "DRAM")
         met.peer = peer
 
