@@ -1,114 +1,23 @@
-"""NIXL where things go wrong: between real agents in two processes, and with an agent that says what a test wants."""
+"""NIXL's transport over an agent that does what a test wants: what it asks of it, and what it gives back."""
 
 from __future__ import annotations
 
-import os
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
-from benchmarks.micro.fabrics import fabric
-from benchmarks.micro.workers import Worker
 from sglang_dualpath.errors import TransferError
 from sglang_dualpath.protocol import MAX_METADATA_BYTES
 from sglang_dualpath.transfer import Peer, PlaneGeometry, PoolGeometry
 from sglang_dualpath.transfer import nixl as nixl_module
 from sglang_dualpath.transfer.nixl import NixlTransport
-from tests.transfer.ends import SLOTS, End
 
 POOL = PoolGeometry((PlaneGeometry(1000, 10, 10), PlaneGeometry(5000, 20, 8)), 6)
 PEER = Peer("there", b"about there", PoolGeometry((PlaneGeometry(7000, 10, 10), PlaneGeometry(9000, 8, 8)), 4))
-
-
-# -- real agents -------------------------------------------------------------------------------------------------------
-
-
-def start(stack: ExitStack, name: str, *settings: Any) -> Worker:
-    # Over TCP, as only there a frozen peer holds a write up: through shared memory UCX writes into its pages directly.
-    environment = {**fabric("nixl").environment, "UCX_TLS": "tcp,self", "OMP_NUM_THREADS": "1"}
-    return stack.enter_context(Worker(name, End, "nixl", *settings, environment=environment))
-
-
-@pytest.fixture
-def stack() -> Iterator[ExitStack]:
-    with ExitStack() as made:
-        yield made
-
-
-def test_a_frozen_peer_is_overdue_and_gets_all_of_the_write_when_it_wakes(stack: ExitStack) -> None:
-    """Why the last word on such a push must wait: nothing that NIXL offers calls its bytes back."""
-    here, there = start(stack, "here", 512, 0.3), start(stack, "there", 512)
-    peer = there.call("peer")
-    assert here.call("push", peer, [0], [0]) is None
-    wanted = here.call("page", 5)
-    pid = there.call("pid")
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        said = here.call("push", peer, list(range(SLOTS)), list(range(SLOTS)))
-        assert said is not None
-        assert "not ended" in said
-        assert not here.call("over", 0.2)
-        again = here.call("push", peer, [1], [1])
-        assert again is not None
-        assert "earlier push" in again
-    finally:
-        os.kill(pid, signal.SIGCONT)
-    here.call("forget_last")
-    assert here.call("over", 20.0)
-    assert there.call("page", 5) == wanted
-    assert here.call("push", peer, [2], [3]) is None
-    assert there.call("page", 3) == here.call("page", 2)
-
-
-def test_a_peer_that_died_is_an_error_and_its_successor_is_reached(stack: ExitStack) -> None:
-    here, there = start(stack, "here"), start(stack, "there")
-    peer = there.call("peer")
-    assert here.call("push", peer, [0], [0]) is None
-    os.kill(there.call("pid"), signal.SIGKILL)
-    assert here.call("push", peer, [1], [1]) is not None
-    assert here.call("push", peer, [1], [1]) is not None
-    successor = start(stack, "successor")
-    assert here.call("push", successor.call("peer"), [1], [1]) is None
-    assert successor.call("page", 1) == here.call("page", 1)
-
-
-@pytest.mark.parametrize(
-    ("wrong", "says"),
-    [
-        (lambda peer: peer._replace(metadata=b""), "did not say"),
-        (lambda peer: peer._replace(metadata=b"junk"), "cannot write"),
-        (lambda peer: peer._replace(metadata=peer.metadata[: len(peer.metadata) // 2]), "cannot write"),
-        (lambda peer: peer._replace(session="somebody else"), "metadata is that of"),
-        (lambda peer: peer._replace(pool=PoolGeometry(peer.pool.planes, SLOTS + 1000)), "cannot write"),
-        (lambda peer: peer._replace(pool=PoolGeometry(peer.pool.planes, 2)), "cannot write"),
-    ],
-    ids=["nothing", "junk", "half", "of another", "too large", "a slot beyond its end"],
-)
-def test_a_peer_that_says_wrong_things_of_itself_is_an_error_and_a_right_one_is_reached_after_it(
-    reachable: tuple[Worker, Worker], wrong: Callable[[Peer], Peer], says: str
-) -> None:
-    here, there = reachable
-    peer = there.call("peer")
-    said = here.call("push", wrong(peer), [3], [3])
-    assert said is not None
-    assert says in said
-    assert here.call("push", peer, [3], [4]) is None
-    assert there.call("page", 4) == here.call("page", 3)
-
-
-@pytest.fixture(scope="module")
-def reachable() -> Iterator[tuple[Worker, Worker]]:
-    with ExitStack() as made:
-        yield start(made, "here"), start(made, "there")
-
-
-# -- an agent that does what a test wants ------------------------------------------------------------------------------
 
 
 class Handle:
