@@ -95,6 +95,24 @@ class End:
             thread.join(30)
         return said
 
+    def pieces(self, peer: Peer, source: Sequence[int], target: Sequence[int]) -> int:
+        """How many contiguous pieces NIXL made of a push. Needs an agent that keeps such figures."""
+        from sglang_dualpath.transfer import nixl
+
+        release, pieces = nixl._release, []
+
+        def count(handle: Any) -> None:
+            pieces.append(self.transport._agent.get_xfer_telemetry(handle).descCount)
+            release(handle)
+
+        nixl._release = count
+        try:
+            self.transport.push(peer, source, target)
+        finally:
+            nixl._release = release
+        (number,) = pieces
+        return int(number)
+
     def forget_last(self) -> None:
         """The push that failed last is no longer meant."""
         self.errors.pop()

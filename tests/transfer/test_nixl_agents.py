@@ -18,7 +18,12 @@ from tests.transfer.ends import SLOTS, End
 
 def start(stack: ExitStack, name: str, *settings: Any) -> Worker:
     # Over TCP, as only there a frozen peer holds a write up: through shared memory UCX writes into its pages directly.
-    environment = {**fabric("nixl").environment, "UCX_TLS": "tcp,self", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **fabric("nixl").environment,
+        "UCX_TLS": "tcp,self",
+        "OMP_NUM_THREADS": "1",
+        "NIXL_TELEMETRY_ENABLE": "y",
+    }
     return stack.enter_context(Worker(name, End, "nixl", *settings, environment=environment))
 
 
@@ -87,6 +92,14 @@ def test_a_peer_that_says_wrong_things_of_itself_is_an_error_and_a_right_one_is_
     assert says in said
     assert here.call("push", peer, [3], [4]) is None
     assert there.call("page", 4) == here.call("page", 3)
+
+
+def test_neighbours_become_one_piece_of_each_plane_that_has_no_gaps(reachable: tuple[Worker, Worker]) -> None:
+    here, there = reachable
+    peer = there.call("peer")
+    first_plane, second_plane = 1, 4  # whose pages are 512 bytes apart
+    assert here.call("pieces", peer, [2, 3, 4, 5], [6, 7, 8, 9]) == first_plane + second_plane
+    assert here.call("pieces", peer, [2, 3, 4, 5], [9, 8, 7, 6]) == 4 + second_plane
 
 
 @pytest.fixture(scope="module")
