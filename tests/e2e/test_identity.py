@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -176,7 +177,5 @@ def test_all_read_bytes_are_hit_bytes(split: Pair, prompts: Prompts, expected: O
 
 def test_rows_cover_every_pair_of_values(pair: Pair) -> None:
     chosen: set[Row] = set(rows())
-    for first in range(3):
-        for second in range(first + 1, 3):
-            seen = {(row[first], row[second]) for row in chosen}
-            assert len(seen) == 4
+    for first, second in itertools.combinations(range(len(Row._fields)), 2):
+        assert len({(row[first], row[second]) for row in chosen}) == 4
