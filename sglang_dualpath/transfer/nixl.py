@@ -32,12 +32,12 @@ _DEADLINE_S = 30.0
 # A write that failed is purged with its connection. UCX looks after a silent peer every 20 s (UCX_KEEPALIVE_INTERVAL),
 # so within two rounds it has given up every other rail, and a third one covers what kernels and NICs still hold.
 _DRAIN_S = 60.0
-# NIXL has to be asked whether a write is done. Each question takes the GIL of a scheduler, so the first one comes when
-# most of the time has passed that the last write to this peer took for as many bytes, and the pauses between further
-# ones grow with the time passed: a write is seen to be done some 5 % late, after a handful of questions.
-_FIRST_SHARE = 0.8
+# NIXL has to be asked whether a write is done. Where all cores are busy, and NIXL's own threads keep one each busy, who
+# sleeps wakes up as late as a kernel's time slice, some 3 ms, which is more than a chunk takes. So around the time at
+# which a write should be done it is asked without a pause, as SGLang does for all of its own, but never for longer than
+# this before and after; until then there is nothing to ask, and later the pauses grow with the time passed.
+_EAGER_S = 5e-3
 _PAUSE_SHARE = 0.05
-_LEAST_PAUSE_S = 50e-6
 _MOST_PAUSE_S = 20e-3
 _STRAGGLER_PAUSE_S = 0.05
 # Prefill engines that restarted leave a peer behind each.
@@ -133,14 +133,13 @@ class NixlTransport:
         """Post a write and wait for its end. Releases ``handle``, or leaves it to a straggler."""
         state, why = "ERR", "an error"
         began_s = time.monotonic()
-        pause_s, took_s = _FIRST_SHARE * met.page_s * pages, 0.0
+        took_s = 0.0
         try:
             state = self._agent.transfer(handle)
             while state == "PROC" and took_s < self._deadline_s:
-                time.sleep(min(_MOST_PAUSE_S, max(_LEAST_PAUSE_S, pause_s)))
+                time.sleep(_pause_s(took_s, expected_s=met.page_s * pages))
                 state = self._agent.check_xfer_state(handle)
                 took_s = time.monotonic() - began_s
-                pause_s = _PAUSE_SHARE * took_s
         except Exception as fault:
             state, why = "ERR", _said(fault)
         if state == "PROC":
@@ -152,7 +151,8 @@ class NixlTransport:
         if state != "DONE":
             self._forget(met)
             raise TransferError(f"NIXL reported {why} for a push to {session}")
-        met.page_s = took_s / pages
+        # One that was held up for long says little of the next one.
+        met.page_s = min(took_s / pages, 2 * met.page_s) if met.page_s else took_s / pages
 
     # -- peers ---------------------------------------------------------------------------------------------------------
 
@@ -250,7 +250,7 @@ class _Met:
         self.pages: Any = None
         self.straggler: _Straggler | None = None
         self.page_s = 0.0
-        """How long the last write took for each of its pages."""
+        """How long writes take for each of their pages."""
 
 
 class _Straggler:
@@ -278,6 +278,15 @@ class _Straggler:
         if state != "PROC":
             _release(self._handle)
             self._over_s = time.monotonic() + (0.0 if state == "DONE" else self._drain_s)
+
+
+def _pause_s(took_s: float, expected_s: float) -> float:
+    """How long to wait before a write is looked at, ``took_s`` after its beginning."""
+    if took_s < expected_s - _EAGER_S:
+        return min(_MOST_PAUSE_S, expected_s - _EAGER_S - took_s)
+    if took_s < expected_s + _EAGER_S:
+        return 0.0
+    return min(_MOST_PAUSE_S, _PAUSE_SHARE * took_s)
 
 
 def _prepared(pool: PoolGeometry) -> npt.NDArray[np.uint64]:

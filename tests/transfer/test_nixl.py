@@ -204,37 +204,72 @@ def test_an_overdue_write_that_fails_is_over_when_nothing_of_it_can_be_under_way
     wait_until(caught.value.over)
 
 
-def test_waiting_asks_seldom(agent: Agent) -> None:
-    transport = transport_over(agent, deadline_s=0.4)
-    agent.states = ["PROC"]
-    with pytest.raises(TransferError):
-        transport.push(PEER, [0], [0])
-    assert agent.asked < 150
+class Clock:
+    """Time that passes while somebody sleeps, and with every question."""
+
+    def __init__(self) -> None:
+        self.now_s = 100.0
+        self.pauses: list[float] = []
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    def sleep(self, pause_s: float) -> None:
+        self.pauses.append(pause_s)
+        self.now_s += pause_s + 1e-5
 
 
-def test_the_first_question_comes_when_most_of_the_time_that_it_takes_has_passed(
-    agent: Agent, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now_s, pauses = 100.0, list[float]()
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(nixl_module, "time", made)
+    return made
 
-    def sleep(pause_s: float) -> None:
-        nonlocal now_s
-        pauses.append(pause_s)
-        now_s += pause_s
 
-    clock = type("Clock", (), {"monotonic": staticmethod(lambda: now_s), "sleep": staticmethod(sleep)})
-    monkeypatch.setattr(nixl_module, "time", clock)
+def push_for(agent: Agent, clock: Clock, transport: NixlTransport, seconds: float, pages: int = 4) -> float:
+    """Push pages that take so long; how much later it is seen."""
+    done_s = clock.now_s + seconds
+    clock.pauses.clear()
+    agent.check_xfer_state = lambda handle: "DONE" if clock.now_s >= done_s else "PROC"  # type: ignore[method-assign]
+    transport.push(PEER, range(pages), range(pages))
+    return clock.now_s - done_s
+
+
+def test_a_write_is_asked_about_without_pauses_only_around_its_expected_end(agent: Agent, clock: Clock) -> None:
     transport = transport_over(agent)
-    monkeypatch.setattr(agent, "check_xfer_state", lambda handle: "DONE" if now_s >= done_s else "PROC")
-    done_s = now_s + 0.005
-    transport.push(PEER, [0, 1], [0, 1])
-    asked_at_first = len(pauses)
-    pauses.clear()
-    done_s = now_s + 0.01
-    transport.push(PEER, [0, 1, 2, 3], [0, 1, 2, 3])
-    assert pauses[0] == pytest.approx(0.008, rel=0.1)
-    assert len(pauses) < asked_at_first / 4
-    assert now_s - done_s < 0.06 * 0.01
+    push_for(agent, clock, transport, 0.05)
+    late_s = push_for(agent, clock, transport, 0.05)
+    assert sum(clock.pauses) == pytest.approx(0.045, rel=0.1)  # of 0.05 s
+    assert late_s < 0.001
+    # Twice as many pages are expected to take twice as long.
+    assert push_for(agent, clock, transport, 0.025, pages=2) < 0.001
+    assert sum(clock.pauses) == pytest.approx(0.02, rel=0.1)
+
+
+def test_a_write_that_takes_longer_than_expected_is_asked_about_ever_more_seldom(agent: Agent, clock: Clock) -> None:
+    transport = transport_over(agent)
+    assert push_for(agent, clock, transport, 10.0) <= 0.021
+    eager = [pause_s for pause_s in clock.pauses if not pause_s]
+    assert len(eager) * 1e-5 <= 0.0051
+    assert max(clock.pauses) == 0.02
+    assert len(clock.pauses) - len(eager) < 600
+
+
+def test_what_was_held_up_once_is_not_expected_again(agent: Agent, clock: Clock) -> None:
+    transport = transport_over(agent)
+    for seconds in (0.01, 5.0):
+        push_for(agent, clock, transport, seconds)
+    assert push_for(agent, clock, transport, 0.01) < 0.01
+
+
+def test_a_frozen_peer_takes_no_core(agent: Agent, clock: Clock) -> None:
+    transport = transport_over(agent)
+    agent.states = ["PROC"]
+    with pytest.raises(TransferError, match="30 s"):
+        transport.push(PEER, [0], [0])
+    asked = agent.asked
+    agent.states = ["DONE"]  # for whoever watches it from now on
+    assert asked < 2500  # in 30 s
 
 
 def test_pools_that_differ_are_refused_before_anything_is_written(agent: Agent) -> None:
