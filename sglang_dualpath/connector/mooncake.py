@@ -16,6 +16,16 @@ class DualPathMooncakeKVManager(MooncakeKVManager):
 
     gate: Gate = OpenGate()
 
+    def check_status(self, bootstrap_room: int) -> KVPoll:
+        """The status of a room; ``Failed`` for one that has been cleared, where upstream raises KeyError.
+
+        Upstream's transfer workers look whether a room exists and then ask for its status. Between the two the
+        scheduler may see that the transfer has ended and clear the room; the error would end the worker, and every
+        later request of its queue would wait forever. To a worker ``Failed`` says the same as "cleared".
+        """
+        status: KVPoll = self.request_status.get(bootstrap_room, KVPoll.Failed)
+        return status
+
 
 class DualPathMooncakeKVReceiver(MooncakeKVReceiver):
     """Says ``Bootstrapping`` until the request's read has settled, so that upstream's queue waits by itself."""
