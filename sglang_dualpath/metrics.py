@@ -144,7 +144,7 @@ RECEIVED_BYTES = Counter("received_bytes_total", "Bytes that other engines lande
 WRITTEN_BACK_BYTES = Counter("written_back_bytes_total", "Bytes of KV cache written to storage.")
 REQUESTS = Counter("requests_total", "Requests, by how their read ended.", ("outcome",))
 PARKED = Counter(
-    "parked_total", "Prefetches that found no room and were tried again later.", ("engine_role", "reason")
+    "parked_total", "Reads whose prefetch found no room and was tried again, once each.", ("engine_role", "reason")
 )
 FALLBACKS = Counter(
     "fallbacks_total", "Reads that went on without a reader, reads and write-backs on the stock path.", ("reason",)
