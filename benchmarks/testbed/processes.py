@@ -65,17 +65,6 @@ class Process:
                     found.append(int(entry.name))
         return sorted(found)
 
-    def private_bytes(self) -> int:
-        """Memory of the whole group that would be free without it (private pages)."""
-        total = 0
-        for pid in self.members():
-            try:
-                text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-            except OSError:
-                continue
-            total += sum(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("Private_"))
-        return total
-
     def io_bytes(self) -> tuple[int, int]:
         """Bytes that the whole group has (read, written) by system calls, files and pipes alike."""
         read = written = 0

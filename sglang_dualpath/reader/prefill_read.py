@@ -65,5 +65,7 @@ class Room:
     attempts: int = 0
     read: PrefillRead | None = None
     closed: NoOfferReason | None = None
+    parked: bool = False
+    """Its prefetch found no room at least once."""
     alone: bool = False
     """Its decode engine cannot or will not help."""

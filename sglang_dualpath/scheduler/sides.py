@@ -158,8 +158,7 @@ class PrefillSide:
                 self._scheduler._prefetch_kvcache(req)
 
     def _park(self, handle: Any, reason: str) -> None:
-        if handle not in self._parked:
-            metrics.PARKED.add(engine_role="prefill", reason=reason)
+        self.reads.parked(handle, reason)
         self._parked[handle] = self.reads.clock() + _PARK_S
 
 

@@ -130,6 +130,7 @@ class Engine:
         self.pool = Slots(slots)
         self.hop = Hop(name, self.pool, cluster.sessions)
         self.storage = cluster.storage
+        self.limit = ReadLimit(config.read_rate_limit_bytes_per_s)
 
     def prefetch(self, first_page: int, hashes: list[str], stored: int, room: int | None) -> Job:
         slots = self.pool.alloc(len(hashes))
@@ -170,7 +171,7 @@ class PrefillEngine(Engine):
         self.reads = PrefillReads(config=config, pages=self.pool.pages, reserve=self.reserve)
         self.desk = OfferDesk(self.reads, policy=load_policy(policy), engine=name, session=name, send=self._send)
         cluster.wire.join(name, lambda sender, message: self.desk.handle(sender.encode(), message), self._tick)
-        self.own = OwnReaders(self.reads, count=readers, limit=ReadLimit(0))
+        self.own = OwnReaders(self.reads, count=readers, limit=self.limit)
         self.io = PrefetchThread(self.reads, self.pool, lambda job: None)
 
     def _send(self, peer: bytes, message: Message) -> bool:
@@ -206,7 +207,7 @@ class DecodeEngine(Engine):
         self.reads = DecodeReads(config=config, pages=self.pool.pages, engine=name, rank=0, send=self._send)
         cluster.wire.join(name, self.reads.handle, self._tick)
         self.carrier = HopReader(
-            self.reads, self.hop, count=readers, limit=ReadLimit(0), pusher_idle_s=cluster.pusher_idle_s
+            self.reads, self.hop, count=readers, limit=self.limit, pusher_idle_s=cluster.pusher_idle_s
         )
         self.io = PrefetchThread(self.reads, self.pool, self._inserted)
 
