@@ -301,11 +301,15 @@ class PrefillReads:
 
     def queued_read_bytes(self) -> int:
         """Bytes that own readers may have to read, not counting what decode engines have claimed. Lock held."""
-        pages = 0
-        for read in self.reads.values():
-            first, end = read.ledger.span_left
-            pages += max(0, end - first)
-        return pages * self.pages.page_bytes
+        return self._unclaimed_bytes(read for read in self.reads.values() if read.own_share or read.decode is None)
+
+    def offered_read_bytes(self, engine: str) -> int:
+        """Bytes that a decode engine was offered here and that nobody has claimed. Lock held."""
+        return self._unclaimed_bytes(read for read in self.reads.values() if read.decode == engine)
+
+    def _unclaimed_bytes(self, reads: Iterable[PrefillRead]) -> int:
+        spans = (read.ledger.span_left for read in reads)
+        return sum(end - first for first, end in spans) * self.pages.page_bytes
 
     def take_back(self, read: PrefillRead, expired: Iterable[Expired]) -> None:
         """Claims were taken from their writer: its pages go to spares from now on. Lock held."""

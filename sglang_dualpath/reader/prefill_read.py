@@ -28,6 +28,8 @@ class PrefillRead:
     progress_s: float = 0.0
     """When the decode engine was last offered or granted pages of this read, or said its last word on some."""
     planned: bool = False
+    own_share: bool = True
+    """This engine's own readers have a share; without one they are the fallback for what the decode engine leaves."""
     closed: bool = False
 
     @property
