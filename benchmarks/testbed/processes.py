@@ -117,7 +117,9 @@ class Processes:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # a Ctrl-C at the terminal reaches us alone, and we end them in order
+                # A Ctrl-C at the terminal reaches us alone, and we end them in order. A group, not a session: Linux
+                # schedules sessions as groups with equal shares of the cores, whatever their threads' nice values.
+                process_group=0,
             )
         process = Process(name, tuple(command), log_path, popen, stage)
         self._started.append(process)

@@ -17,6 +17,7 @@ from sglang_dualpath.errors import TransferError
 from sglang_dualpath.reader.decode import Chunk, DecodeReads
 from sglang_dualpath.reader.pool import PlaneGeometry, push_plan
 from sglang_dualpath.reader.prefetch import ReadLimit
+from sglang_dualpath.reader.priority import PUSHING, READING, give_way
 from sglang_dualpath.transfer import Descriptor, Transport
 
 logger = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ class HopReader:
             thread.start()
 
     def _run(self) -> None:
+        give_way(READING)
         while not self._stop.is_set():
             chunk: Chunk | None = None
             try:
@@ -167,5 +169,6 @@ class _Pusher:
         self.thread.start()
 
     def _run(self) -> None:
+        give_way(PUSHING)
         while (chunk := self._hop.next_push(self)) is not None:
             self._hop.push(self.session, chunk)

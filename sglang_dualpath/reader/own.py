@@ -10,6 +10,7 @@ from sglang_dualpath import metrics
 from sglang_dualpath.ledger import Grant
 from sglang_dualpath.reader.prefetch import ReadLimit
 from sglang_dualpath.reader.prefill import PrefillRead, PrefillReads
+from sglang_dualpath.reader.priority import READING, give_way
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ class OwnReaders:
             thread.start()
 
     def _run(self) -> None:
+        give_way(READING)
         while not self._stop.is_set():
             try:
                 # Before the claim: whoever ends a read waits for its open claims.
