@@ -73,7 +73,7 @@ def _transport(manager: Any, pages: HostPages) -> Transport:
 
 def _reader_threads(config: DualPathConfig, backend: str) -> int:
     if config.reader_threads > 1 and backend not in _CONCURRENT_BACKENDS:
-        logger.warning("One reader thread is used: the %s backend is not known to serve several.", backend)
+        logger.info("One reader thread is used: the %s backend is not known to serve several.", backend)
         return 1
     return config.reader_threads
 

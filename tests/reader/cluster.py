@@ -32,7 +32,8 @@ PAGE_BYTES = sum(PLANE_BYTES)
 BATCH_PAGES = 8
 
 CONFIG = DualPathConfig(
-    chunk_bytes=3 * PAGE_BYTES, lease_s=0.3, hello_silence_s=0.9, read_deadline_s=8.0, claims_in_flight=2
+    chunk_bytes=3 * PAGE_BYTES, lease_s=0.3, hello_silence_s=0.9, read_deadline_s=8.0, claims_in_flight=2,
+    reader_threads=1,  # one after the other, so that tests can say which
 )
 
 
