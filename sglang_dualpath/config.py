@@ -35,7 +35,7 @@ class DualPathConfig(msgspec.Struct, frozen=True, kw_only=True):
     policy: str = DEFAULT_POLICY
     chunk_bytes: int = DEFAULT_CHUNK_BYTES
     claims_in_flight: int = 2
-    reader_threads: int = 1
+    reader_threads: int = 2
     read_rate_limit_bytes_per_s: int = 0
     lease_s: float = 1.0
     read_deadline_s: float = 120.0
@@ -184,9 +184,9 @@ FLAGS: tuple[Flag, ...] = (
         field="reader_threads",
         metavar="N",
         parse=_integer_between(1, 64),
-        default_text="1",
-        help="Threads per engine that read from storage, with one storage client. More than one only with mooncake "
-        "and file.",
+        default_text="2",
+        help="Threads per engine that read from storage, with one storage client: while one asks for its next chunk, "
+        "the other keeps the NIC busy. One with backends other than mooncake and file.",
     ),
     Flag(
         name="read-rate-limit",

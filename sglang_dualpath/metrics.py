@@ -144,9 +144,11 @@ RECEIVED_BYTES = Counter("received_bytes_total", "Bytes that other engines lande
 WRITTEN_BACK_BYTES = Counter("written_back_bytes_total", "Bytes of KV cache written to storage.")
 REQUESTS = Counter("requests_total", "Requests, by how their read ended.", ("outcome",))
 PARKED = Counter(
-    "parked_total", "Prefetches that found no room and were tried again later.", ("engine_role", "reason")
+    "parked_total", "Reads whose prefetch found no room and was tried again, once each.", ("engine_role", "reason")
 )
-FALLBACKS = Counter("fallbacks_total", "Reads that went on without a reader or on the stock path.", ("reason",))
+FALLBACKS = Counter(
+    "fallbacks_total", "Reads that went on without a reader, reads and write-backs on the stock path.", ("reason",)
+)
 READ_QUEUE_BYTES = Gauge("read_queue_bytes", "Bytes that wait to be read from storage.")
 RESERVE_SLOTS = Gauge("reserve_slots", "Spare host pages: free, backing open claims, or in quarantine.", ("state",))
 OFFERS = Counter("offers_total", "Answers of prefill engines to decode engines.", ("outcome",))

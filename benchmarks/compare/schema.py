@@ -50,7 +50,7 @@ class Settings(msgspec.Struct, frozen=True):
     longest_tokens: int = 8000
     appended_tokens: int = 96
     # Of a mean context of 6,800 tokens as much as in the DualPath paper's trace: 429 of 32,721 are new.
-    generated_tokens: int = 16
+    generated_tokens: int = 8
     load: float = 0.5
     slo: Slo = Slo()
     trial_steps: int = 5

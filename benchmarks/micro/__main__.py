@@ -35,10 +35,6 @@ class Transport(StrEnum):
 
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")]
 Repetitions = Annotated[int, typer.Option(min=1, help="Samples of each figure.")]
-Over = Annotated[Transport, typer.Option(help="Transfer engine.")]
-Paths = Annotated[str, typer.Option(help="What to compare, names separated by commas; all if not given.")]
-SampleMib = Annotated[int, typer.Option(min=1, help="MiB that are moved for one sample.")]
-Messages = Annotated[str, typer.Option(help="Sizes of messages in KiB, separated by commas.")]
 
 
 @app.command()
@@ -62,30 +58,30 @@ def control(
     _print(lambda: control_benchmark.run(settings), as_json)
 
 
-@app.command()
-def hop(
-    as_json: AsJson = False,
-    repetitions: Repetitions = 20,
-    transport: Over = Transport.MOONCAKE,
-    message_kib: Messages = "64,1024,16384",
-    sample_mib: SampleMib = 64,
-    paths: Paths = "",
-) -> None:
-    """Bandwidth of the hop against the bare transport."""
-    _print(lambda: _hop(False, repetitions, transport, message_kib, sample_mib, paths), as_json)
+def _hop_command(name: str, what: str, *, default_kib: str, default_paths: str) -> None:
+    """Add a command that measures the hop. Only what is made of its samples differs, and so what is worth a sample."""
+
+    @app.command(name, help=what)
+    def command(
+        as_json: AsJson = False,
+        repetitions: Repetitions = 20,
+        transport: Annotated[Transport, typer.Option(help="Transfer engine.")] = Transport.MOONCAKE,
+        message_kib: Annotated[str, typer.Option(help="Sizes of messages in KiB, separated by commas.")] = default_kib,
+        sample_mib: Annotated[int, typer.Option(min=1, help="MiB that are moved for one sample.")] = 64,
+        paths: Annotated[
+            str, typer.Option(help="What to compare, names separated by commas; all if not given.")
+        ] = default_paths,
+    ) -> None:
+        _print(lambda: _hop(name, repetitions, transport, message_kib, sample_mib, paths), as_json)
 
 
-@app.command()
-def cpu(
-    as_json: AsJson = False,
-    repetitions: Repetitions = 20,
-    transport: Over = Transport.MOONCAKE,
-    message_kib: Messages = "64,1024,4096,16384",
-    sample_mib: SampleMib = 64,
-    paths: Paths = "bare,push,reader,tcp",
-) -> None:
-    """CPU seconds per GB that the hop takes on each side."""
-    _print(lambda: _hop(True, repetitions, transport, message_kib, sample_mib, paths), as_json)
+_hop_command("hop", "Bandwidth of the hop against the bare transport.", default_kib="64,1024,16384", default_paths="")
+_hop_command(
+    "cpu",
+    "CPU seconds per GB that the hop takes on each side.",
+    default_kib="64,1024,4096,16384",
+    default_paths="bare,push,reader,tcp",
+)
 
 
 @app.command()
@@ -114,7 +110,7 @@ def decode(
     _print(lambda: decode_benchmark.run(settings, say=_note), as_json)
 
 
-def _hop(as_cpu: bool, repetitions: int, transport: Transport, message_kib: str, sample_mib: int, paths: str) -> Report:
+def _hop(name: str, repetitions: int, transport: Transport, message_kib: str, sample_mib: int, paths: str) -> Report:
     from benchmarks.micro import hop as hop_benchmark  # imports torch
 
     sizes = _sizes(message_kib)
@@ -128,7 +124,7 @@ def _hop(as_cpu: bool, repetitions: int, transport: Transport, message_kib: str,
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("measuring", total=len(sizes) * len(settings.paths) * repetitions)
         samples = hop_benchmark.measure(settings, lambda sample: progress.advance(task))
-    return (hop_benchmark.cpu_report if as_cpu else hop_benchmark.bandwidth_report)(settings, samples)
+    return hop_benchmark.REPORTS[name](settings, samples)
 
 
 def _sizes(text: str) -> tuple[int, ...]:

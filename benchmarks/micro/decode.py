@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import os
 import random
 import tempfile
 import threading
@@ -21,9 +20,9 @@ from pathlib import Path
 
 import httpx
 
-from benchmarks.micro import policies
 from benchmarks.micro.errors import BenchmarkError
 from benchmarks.micro.report import Ratio, Report
+from benchmarks.policies import PolicySwitch
 from benchmarks.testbed import (
     Cluster,
     ClusterSpec,
@@ -143,9 +142,9 @@ def gaps_between(times_s: Sequence[float], start_s: float, end_s: float) -> tupl
 
 
 class _Run:
-    def __init__(self, cluster: Cluster, policy_file: Path, settings: DecodeSettings) -> None:
+    def __init__(self, cluster: Cluster, switch: PolicySwitch, settings: DecodeSettings) -> None:
         self._cluster = cluster
-        self._policy_file = policy_file
+        self._switch = switch
         self._settings = settings
         chooser = random.Random(_SEED)
         self.prompts = [
@@ -164,7 +163,7 @@ class _Run:
 
     def phase(self, name: str) -> Phase:
         """Drop all caches, start the stream, and measure it while the prompts are loaded."""
-        self._policy_file.write_text("prefill" if name == "idle" else name)
+        self._switch.use("prefill" if name == "idle" else name)
         self._cluster.flush()
         before = {role: self._cluster.metrics(role) for role in ("prefill", "decode")}
         fresh = [self._chooser.randrange(*_VOCABULARY) for _ in range(256)]  # nothing of the stream's own is loaded
@@ -192,30 +191,24 @@ def _read_bytes(after: Metrics, before: Metrics) -> float:
 
 
 @contextlib.contextmanager
-def _cluster(settings: DecodeSettings, say: Callable[[str], None]) -> Iterator[tuple[Cluster, Path]]:
+def _cluster(settings: DecodeSettings, say: Callable[[str], None]) -> Iterator[tuple[Cluster, PolicySwitch]]:
     out = REPOSITORY / "out"
     network = None if settings.loopback else NetworkSpec(settings.snic_mbit * 10**6, settings.cnic_mbit * 10**6)
     with tempfile.TemporaryDirectory(prefix="dualpath-decode-") as directory:
-        policy_file = Path(directory) / "policy"
-        policy_file.write_text("split")  # whose needs the prefill server asks for once, at its start
-        search_path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
-        pair = dualpath_pair(
-            extra_flags=("--dualpath-policy", policies.NAME),
-            extra_env={policies.FILE_ENV: str(policy_file), "PYTHONPATH": search_path},
-            max_total_tokens=32_000,
-        )
+        switch = PolicySwitch(Path(directory) / "policy")
+        pair = dualpath_pair(extra_flags=switch.flags, extra_env=switch.environment, max_total_tokens=32_000)
         spec = ClusterSpec(
             model=speed_model(out / "models"), servers=pair, store=StoreSpec(capacity_bytes=1 << 30), network=network
         )
         with Cluster(spec, log_dir=out / "logs" / "micro-decode", say=say) as cluster:
-            yield cluster, policy_file
+            yield cluster, switch
 
 
 def run(settings: DecodeSettings, say: Callable[[str], None] = lambda line: None) -> Report:
     """TPOT of the stream by phase. Raises BenchmarkError when a phase was not what its name says."""
     phases: list[Phase] = []
-    with _cluster(settings, say) as (cluster, policy_file):
-        measured = _Run(cluster, policy_file, settings)
+    with _cluster(settings, say) as (cluster, switch):
+        measured = _Run(cluster, switch, settings)
         measured.load()  # computes the prompts and writes them to storage
         measured.phase("split")  # first connections, first look-ups
         for repetition in range(settings.repetitions):

@@ -194,3 +194,7 @@ def cpu_report(settings: HopSettings, samples: list[Sample]) -> Report:
             report.add("CPU time", "s/GB", costs, **labels)
             report.add("of it in the kernel", "s/GB", system, **labels)
     return report
+
+
+REPORTS = {"hop": bandwidth_report, "cpu": cpu_report}
+"""By the command that asks for them."""

@@ -65,17 +65,6 @@ class Process:
                     found.append(int(entry.name))
         return sorted(found)
 
-    def private_bytes(self) -> int:
-        """Memory of the whole group that would be free without it (private pages)."""
-        total = 0
-        for pid in self.members():
-            try:
-                text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-            except OSError:
-                continue
-            total += sum(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("Private_"))
-        return total
-
     def io_bytes(self) -> tuple[int, int]:
         """Bytes that the whole group has (read, written) by system calls, files and pipes alike."""
         read = written = 0
@@ -128,7 +117,9 @@ class Processes:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # a Ctrl-C at the terminal reaches us alone, and we end them in order
+                # A Ctrl-C at the terminal reaches us alone, and we end them in order. A group, not a session: Linux
+                # schedules sessions as groups with equal shares of the cores, whatever their threads' nice values.
+                process_group=0,
             )
         process = Process(name, tuple(command), log_path, popen, stage)
         self._started.append(process)

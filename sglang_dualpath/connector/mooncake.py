@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sglang.srt.disaggregation.base import KVPoll
 from sglang.srt.disaggregation.mooncake import MooncakeKVBootstrapServer, MooncakeKVManager, MooncakeKVReceiver
 
 from sglang_dualpath.connector.gated import GatedKVManager, GatedKVReceiver, PublishingKVBootstrapServer
@@ -12,6 +13,17 @@ from sglang_dualpath.transfer.mooncake import MooncakeTransport
 class DualPathMooncakeKVManager(GatedKVManager, MooncakeKVManager):
     def transport(self) -> Transport:
         return MooncakeTransport(self.engine)
+
+    def check_status(self, bootstrap_room: int) -> KVPoll:
+        """The status of a room; ``Failed`` for one that has been cleared, where upstream raises KeyError.
+
+        Upstream's transfer workers look whether a room exists and then ask for its status. Between the two the
+        scheduler may see that the transfer has ended and clear the room; the error would end the worker, and every
+        later request of its queue would wait forever. To a worker ``Failed`` says the same as "cleared". SGLang's NIXL
+        manager has an answer of its own for such rooms.
+        """
+        status: KVPoll = self.request_status.get(bootstrap_room, KVPoll.Failed)
+        return status
 
 
 class DualPathMooncakeKVReceiver(GatedKVReceiver, MooncakeKVReceiver):

@@ -17,8 +17,6 @@ from typing import Final
 
 from sglang_dualpath.config import MIN_KEY_BYTES
 
-MAC_BYTES: Final = hashlib.sha256().digest_size
-
 #: Directions, part of what is signed.
 TO_SERVER: Final = b"to-server"
 TO_CLIENT: Final = b"to-client"

@@ -31,9 +31,9 @@ class ControlClient(ControlLoop):
     Both `drop` and `close` end connections, and a server takes an engine without a connection for dead, and its writes
     for ended: first let the writes towards that server end.
 
-    All callbacks run on the control thread and must be short: `handler(endpoint, message)`, `tick(now_s)` (about every
-    `tick_s`; time.monotonic) and the calls of `call_later`. `on_error(kind)` gets a ControlErrorKind and may come from
-    any thread that calls `send`.
+    All callbacks run on the control thread and must be short: `handler(endpoint, message)` and `tick(now_s)` (about
+    every `tick_s`; time.monotonic). `on_error(kind)` gets a ControlErrorKind and may come from any thread that calls
+    `send`.
     """
 
     def __init__(
@@ -116,8 +116,6 @@ class ControlClient(ControlLoop):
             dealer.send_multipart([payload, mac], zmq.NOBLOCK)
         except zmq.Again:
             self._count(ControlErrorKind.PEER_FULL, f"message to {endpoint} dropped")
-        else:
-            self._note_sent()
 
     def _receive(self, dealer: zmq.Socket[bytes]) -> None:
         endpoint = self._endpoints[dealer]
@@ -136,5 +134,4 @@ class ControlClient(ControlLoop):
         except ProtocolError as fault:
             self._count(ControlErrorKind.MALFORMED, f"{fault} (from {endpoint})")
             return
-        self._note_received()
         self._guarded(functools.partial(self._handler, endpoint, message))

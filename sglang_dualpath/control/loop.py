@@ -2,7 +2,7 @@
 
 Other threads hand it work through a bounded queue and a pipe that wakes it, so that nobody ever waits for a socket.
 One round runs the queued work, then what the sockets received (a bounded number each, so that a flood starves nobody),
-then due timers, then the tick. Handlers run on this thread and must be short; one that raises is counted, and the
+then the tick. Handlers run on this thread and must be short; one that raises is counted, and the
 thread goes on.
 """
 
@@ -13,16 +13,13 @@ import collections
 import contextlib
 import enum
 import functools
-import heapq
-import itertools
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
-from types import MappingProxyType, TracebackType
+from types import TracebackType
 from typing import Final, Self
 
 import zmq
@@ -36,7 +33,6 @@ logger = logging.getLogger(__name__)
 Peer = bytes
 
 QUEUE_LIMIT: Final = 4096  # of a Grant's 20 KiB that is 80 MiB, and seconds of work for the thread
-TIMER_LIMIT: Final = 65536
 HIGH_WATER_MARK: Final = 1024  # messages per connection and direction, in ZMQ's own queues
 RECEIVE_BATCH: Final = 128
 START_S: Final = 5.0
@@ -46,15 +42,15 @@ LOG_EVERY_S: Final = 5.0
 
 
 class ControlErrorKind(enum.StrEnum):
-    """What `on_error` is called with, and the keys of `ControlStatistics.errors`."""
+    """What `on_error` is called with."""
 
     AUTHENTICATION = "authentication"  # received with a wrong, missing or unexpected MAC; dropped
     MALFORMED = "malformed"  # received, authentic, but not a message; dropped
     VERSION = "version"  # a Hello of another protocol version; answered with NoOffer
-    HANDLER = "handler"  # a handler, timer or tick raised
+    HANDLER = "handler"  # a handler or tick raised
     SLOW_HANDLER = "slow_handler"  # one of them took longer than SLOW_HANDLER_S
     ENCODE = "encode"  # asked to send what the protocol does not allow; not sent
-    QUEUE_FULL = "queue_full"  # the thread does not keep up; not sent, or no timer set
+    QUEUE_FULL = "queue_full"  # the thread does not keep up; not sent
     PEER_FULL = "peer_full"  # a peer reads too slowly or cannot be reached; not sent
     UNREACHABLE = "unreachable"  # a client has no connection (any more); not sent
     ENDPOINT = "endpoint"  # not an address that can be connected to, or too many; not sent
@@ -62,17 +58,8 @@ class ControlErrorKind(enum.StrEnum):
     CLOSE = "close"  # the thread had not ended CLOSE_S after close()
 
 
-@dataclass(frozen=True)
-class ControlStatistics:
-    """Messages handed to and taken from ZMQ, and errors by kind, since the start."""
-
-    sent: int
-    received: int
-    errors: Mapping[str, int]
-
-
 class ControlLoop(abc.ABC):
-    """One thread, its ZMQ context, its queue and its timers. Subclasses own the sockets.
+    """One thread, its ZMQ context and its queue. Subclasses own the sockets.
 
     Context manager; leaving it closes.
     """
@@ -94,14 +81,10 @@ class ControlLoop(abc.ABC):
         self._queue_limit = queue_limit
         self._lock = threading.Lock()  # guards everything down to the blank line; never held during a call to anyone
         self._queue: collections.deque[Callable[[], None]] = collections.deque()
-        self._timers: list[tuple[float, int, Callable[[], None]]] = []
-        self._timer_ids = itertools.count()
         self._woken = False
         self._closing = False
         self._errors: collections.Counter[str] = collections.Counter()
         self._last_log_s: dict[str, float] = {}
-        self._sent = 0
-        self._received = 0
 
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._poller = zmq.Poller()
@@ -112,24 +95,6 @@ class ControlLoop(abc.ABC):
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     # -- for any thread ------------------------------------------------------------------------------------------------
-
-    def call_later(self, delay_s: float, call: Callable[[], None]) -> bool:
-        """Has the control thread make `call` in `delay_s` seconds; False if closed or too many wait (counted)."""
-        due_s = time.monotonic() + delay_s
-        with self._lock:
-            full = len(self._timers) >= TIMER_LIMIT
-            if not full and not self._closing:
-                heapq.heappush(self._timers, (due_s, next(self._timer_ids), call))
-                self._wake()
-                return True
-        if full:
-            self._count(ControlErrorKind.QUEUE_FULL, f"{TIMER_LIMIT} timers wait already")
-        return False
-
-    def statistics(self) -> ControlStatistics:
-        """Counts so far; usable after close, too."""
-        with self._lock:
-            return ControlStatistics(self._sent, self._received, MappingProxyType(dict(self._errors)))
 
     def close(self) -> None:
         """Ends the thread and closes the sockets; what was not sent yet is dropped. Idempotent.
@@ -210,14 +175,6 @@ class ControlLoop(abc.ABC):
         socket.set(zmq.IPV6, int(ipv6))
         return socket
 
-    def _note_sent(self) -> None:
-        with self._lock:
-            self._sent += 1
-
-    def _note_received(self) -> None:
-        with self._lock:
-            self._received += 1
-
     def _count(self, kind: ControlErrorKind, detail: str, *, trace: bool = False) -> None:
         """Counts, tells `on_error`, and logs at most a line per kind and LOG_EVERY_S (a flood must not fill disks)."""
         now_s = time.monotonic()
@@ -275,13 +232,12 @@ class ControlLoop(abc.ABC):
         next_tick_s = time.monotonic()
         while not self._closing:
             try:
-                ready = self._poller.poll(self._timeout_ms(next_tick_s))
+                ready = self._poller.poll(_timeout_ms(next_tick_s))
                 self._run_queue()
                 for socket, _ in ready:
                     if isinstance(socket, zmq.Socket) and not socket.closed:
                         self._receive_batch(socket)
                 now_s = time.monotonic()
-                self._run_timers(now_s)
                 if now_s >= next_tick_s and not self._closing:
                     next_tick_s = now_s + self._tick_s
                     self._maintain(now_s)
@@ -290,12 +246,6 @@ class ControlLoop(abc.ABC):
             except Exception as fault:
                 self._count(ControlErrorKind.LOOP, f"{type(fault).__name__}: {fault}", trace=True)
                 time.sleep(0.001)  # an error that repeats must not take a core
-
-    def _timeout_ms(self, next_tick_s: float) -> int:
-        with self._lock:
-            due_s = min(next_tick_s, self._timers[0][0]) if self._timers else next_tick_s
-        # Rounded up: a poll that returns just before a timer is due would spin until it is.
-        return max(0, int((due_s - time.monotonic()) * 1000) + 1)
 
     def _run_queue(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -317,10 +267,7 @@ class ControlLoop(abc.ABC):
             except zmq.Again:
                 return
 
-    def _run_timers(self, now_s: float) -> None:
-        while not self._closing:
-            with self._lock:
-                if not self._timers or self._timers[0][0] > now_s:
-                    return
-                call = heapq.heappop(self._timers)[2]
-            self._guarded(call)
+
+def _timeout_ms(due_s: float) -> int:
+    # Rounded up: a poll that returns just before the tick is due would spin until it is.
+    return max(0, int((due_s - time.monotonic()) * 1000) + 1)

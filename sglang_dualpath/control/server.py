@@ -37,17 +37,17 @@ class ControlServer(ControlLoop):
         that has ended. From then on ROUTER_MANDATORY lets a send fail with EHOSTUNREACH. A living client reconnects
         within some 100 ms, so a peer is only declared gone, by `handler_gone(peer)`, after it has been unreachable for
         `gone_grace_s` without a break; which also leaves the dying process's writes that its network card had queued
-        time to end. A peer that died is found out only by sending to it, so owners of what waits for a death call
-        `probe` now and then.
+        time to end. A peer that died is found out only by sending to it, so who waits for a last word keeps asking for
+        it.
 
         The limits of this: a process that lives on while its control connection is cut for longer than the grace (the
         kernel gives up after minutes of retransmission, or a middlebox resets connections) counts as dead. And a
         machine that loses power sends nothing, so its engines count as living until the kernel gives up: too late is
         safe.
 
-    All callbacks run on the control thread and must be short: `handler(peer, message)`, `handler_gone(peer)`,
-    `tick(now_s)` (about every `tick_s`; time.monotonic) and the calls of `call_later`. `on_error(kind)` gets a
-    ControlErrorKind and may come from any thread that calls `send`.
+    All callbacks run on the control thread and must be short: `handler(peer, message)`, `handler_gone(peer)` and
+    `tick(now_s)` (about every `tick_s`; time.monotonic). `on_error(kind)` gets a ControlErrorKind and may come from any
+    thread that calls `send`.
     """
 
     def __init__(
@@ -90,11 +90,6 @@ class ControlServer(ControlLoop):
         """`tcp://host:port` as bound, IPv6 in brackets. A wildcard host stays one: publish a real address then."""
         return self._endpoint
 
-    @property
-    def port(self) -> int:
-        """The TCP port."""
-        return int(self._endpoint.rpartition(":")[2])
-
     def send(self, peer: Peer, message: Message) -> bool:
         """Queues `message` for `peer`; from any thread, never waits.
 
@@ -103,10 +98,6 @@ class ControlServer(ControlLoop):
         """
         payload = self._encode(message)
         return payload is not None and self._post(functools.partial(self._transmit, peer, payload))
-
-    def probe(self, peer: Peer) -> bool:
-        """Has `handler_gone(peer)` called if `peer` stays without a connection; costs a living peer nothing."""
-        return self._post(functools.partial(self._transmit, peer, PROBE))
 
     def _open(self) -> None:
         host, ipv6 = _address(self._bind_host)
@@ -141,7 +132,6 @@ class ControlServer(ControlLoop):
         except ProtocolError as fault:
             self._count(ControlErrorKind.MALFORMED, f"{fault} (from {peer!r})")
             return
-        self._note_received()
         self._guarded(functools.partial(self._handler, peer, message))
 
     def _transmit(self, peer: Peer, payload: bytes) -> None:
@@ -161,9 +151,6 @@ class ControlServer(ControlLoop):
                 self._count(ControlErrorKind.UNREACHABLE, f"message to {peer!r} dropped")
             self._unreachable_since_s.setdefault(peer, time.monotonic())
             return
-        else:
-            if payload:
-                self._note_sent()
         self._unreachable_since_s.pop(peer, None)
 
     def _maintain(self, now_s: float) -> None:

@@ -247,9 +247,10 @@ class DecodePath:
         backend = self._controller.storage_backend
         try:
             known = backend.batch_exists(list(hashes[first:]), None) if backend is not None else 0
-        except Exception:
-            # Writing a page twice is harmless, and the write will report what is wrong with the backend.
-            logger.debug("The storage backend could not be asked for known pages.", exc_info=True)
+        except Exception as fault:
+            # Writing a page twice is harmless; what is wrong with the backend may go on to harm reads.
+            metrics.FALLBACKS.add(reason="write_back_query_exception")
+            logger.warning("Storage cannot say which of %d pages it holds, so all are written: %r", len(unknown), fault)
             known = 0
         return [which for which in unknown if which >= first + known]
 

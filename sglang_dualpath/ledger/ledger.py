@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from types import MappingProxyType
 
 from sglang_dualpath.ledger.readers import Reader
@@ -54,17 +54,15 @@ class Ledger:
         storage_end_page: int,
         reserve: Reserve,
         chunk_pages: int,
-        key: Hashable = None,
     ) -> None:
         """Pages from `storage_end_page` on are not in storage: only a reader that holds them in memory can land them.
 
-        `chunk_pages` is the largest grant. `key` names the read in the reserve's quarantine keys, `(key, claim_id)`.
+        `chunk_pages` is the largest grant.
         """
         if chunk_pages < 1:
             raise ValueError(f"chunk_pages must be at least 1, not {chunk_pages}")
         self.first_page = first_page
         self.end_page = first_page + len(slots)
-        self.key = key
         self._slots = list(slots)
         self._storage = Spans(first_page, min(storage_end_page, self.end_page))
         self._reserve = reserve
@@ -273,7 +271,7 @@ class Ledger:
     def settle_late(self, claim_id: int) -> int:
         """The last word of a writer whose claim was taken away: its slots become spares. Returns how many."""
         self._late.pop(claim_id, None)
-        return self._reserve.release((self.key, claim_id))
+        return self._reserve.release(claim_id)
 
     def expire(self, *, now_s: float) -> list[Expired]:
         """Take away the exposed claims whose lease has run out. Their readers have left, and are barred from them."""
@@ -302,8 +300,7 @@ class Ledger:
     def _take_away(self, claim_id: int) -> Expired:
         grant = self._open.pop(claim_id)
         self._exposed.remove(claim_id)
-        key = (self.key, claim_id)
-        new_slots = self._reserve.swap(grant.slots, key)
+        new_slots = self._reserve.swap(grant.slots, claim_id)
         first = grant.first_page - self.first_page
         self._slots[first : first + grant.pages] = new_slots
         self._late[claim_id] = grant
@@ -313,7 +310,7 @@ class Ledger:
         else:
             self._readers[grant.reader].leave()
             self._reclaim(grant, grant.first_page)
-        return Expired(grant, Swap(grant.first_page, grant.slots, new_slots), key)
+        return Expired(grant, Swap(grant.first_page, grant.slots, new_slots))
 
     def _reclaim(self, grant: Grant, first: int) -> None:
         if first < grant.end_page:
@@ -342,15 +339,6 @@ class Ledger:
         return self._settled_short
 
     @property
-    def settled(self) -> bool:
-        """Whether all pages have landed, or no more leading pages will. See `settled_through`."""
-        return self.settled_through(len(self._slots))
-
-    @property
-    def closed(self) -> bool:
-        return self._closed
-
-    @property
     def slots(self) -> tuple[int, ...]:
         """The current destination of each page."""
         return tuple(self._slots)
@@ -362,9 +350,9 @@ class Ledger:
             return self.end_page, self.end_page
         return self._unclaimed.lowest[0], self._unclaimed.highest[1]
 
-    def open_grants(self, reader: str | None = None) -> tuple[Grant, ...]:
-        """The open claims (of one reader), oldest first."""
-        return tuple(grant for grant in self._open.values() if reader in (None, grant.reader))
+    def open_grants(self) -> tuple[Grant, ...]:
+        """The open claims, oldest first."""
+        return tuple(self._open.values())
 
     def open_local_claims(self) -> int:
         """Open claims whose writes are not exposed: the owner waits for them before it frees the slots."""

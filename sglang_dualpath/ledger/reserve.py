@@ -12,8 +12,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Hashable, Sequence
 
-from sglang_dualpath.ledger.types import ReserveStatistics
-
 
 class Reserve:
     """A fixed number of spare slots, shared by all ledgers of one rank.
@@ -31,8 +29,6 @@ class Reserve:
         self._spares = deque(slots)
         self._quarantine: dict[Hashable, tuple[int, ...]] = {}
         self._backing = 0
-        self._swapped_total = 0
-        self._released_total = 0
 
     @property
     def size(self) -> int:
@@ -86,7 +82,6 @@ class Reserve:
         new_slots = tuple(self._spares.popleft() for _ in old_slots)
         self._quarantine[key] = tuple(old_slots)
         self._backing -= len(old_slots)
-        self._swapped_total += len(old_slots)
         return new_slots
 
     def release(self, key: Hashable) -> int:
@@ -96,20 +91,11 @@ class Reserve:
         """
         slots = self._quarantine.pop(key, ())
         self._spares.extend(slots)
-        self._released_total += len(slots)
         return len(slots)
-
-    def quarantine_keys(self) -> frozenset[Hashable]:
-        """The writers whose last word is awaited."""
-        return frozenset(self._quarantine)
 
     def exposed_slots(self) -> frozenset[int]:
         """Slots into which a late write may still come."""
         return frozenset(slot for slots in self._quarantine.values() for slot in slots)
-
-    def spare_slots(self) -> tuple[int, ...]:
-        """Slots that nobody writes to, the next one to be used first."""
-        return tuple(self._spares)
 
     def reseat(self, slots: Sequence[int]) -> None:
         """After the host pool was cleared: `slots` are the spares from now on. What rests in quarantine stays there.
@@ -121,13 +107,3 @@ class Reserve:
         if not self.exposed_slots().isdisjoint(slots):
             raise ValueError("a quarantined slot cannot be a spare")
         self._spares = deque(slots)
-
-    def statistics(self) -> ReserveStatistics:
-        return ReserveStatistics(
-            size=self.size,
-            free=self.free,
-            backing=self.backing,
-            quarantined=self.quarantined,
-            swapped_total=self._swapped_total,
-            released_total=self._released_total,
-        )

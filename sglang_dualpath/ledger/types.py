@@ -7,7 +7,7 @@ pool.
 from __future__ import annotations
 
 import enum
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -100,11 +100,10 @@ class Swap:
 
 @dataclass(frozen=True, slots=True)
 class Expired:
-    """A claim taken from its reader. `swap.old_slots` rest in the reserve under `key` until the writer's last word."""
+    """A claim taken from its reader. `swap.old_slots` rest in the reserve until the writer's last word."""
 
     grant: Grant
     swap: Swap
-    key: Hashable
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,15 +139,3 @@ class LedgerStatistics:
     swapped_pages: int
     claims: int
     refusals: Mapping[RefusalReason, int]
-
-
-@dataclass(frozen=True, slots=True)
-class ReserveStatistics:
-    """Slots of a reserve: size = free + backing + quarantined."""
-
-    size: int
-    free: int
-    backing: int
-    quarantined: int
-    swapped_total: int
-    released_total: int

@@ -4,7 +4,7 @@ from sglang_dualpath.policy.types import ClusterView, EngineView, ReadPlan, Read
 
 
 class SplitPolicy:
-    """Shares every read, except one that the prefill engine ends before the decode engine's first chunk would arrive.
+    """Shares every read, except one that the prefill engine ends sooner than a chunk over the decode engine takes.
 
     That exception is an estimate by measured rates: while any of the three rates is unknown the read is shared, since
     claims are pulled and a reader that is late claims nothing. What the decode engine holds in memory is always
@@ -34,13 +34,17 @@ def _prefill_alone_s(read: ReadRequest, view: ClusterView) -> float | None:
 
 
 def _first_decode_chunk_s(read: ReadRequest, decode: str, view: ClusterView) -> float | None:
-    """Seconds until the decode engine's first chunk is at the prefill engine; None if one of its rates is unknown."""
+    """Seconds that a chunk takes over the decode engine; None if one of its rates is unknown.
+
+    Its queue does not count: it drains other reads together with the prefill engine, and if it comes too late to this
+    one, it finds nothing left to claim.
+    """
     engine = view.get(decode)
     read_rate = _rate(engine)
     if engine is None or read_rate is None or not engine.hop_bytes_per_s:
         return None
     chunk_bytes = min(max(read.chunk_bytes, read.page_bytes), read.read_bytes)
-    return (view.queued_read_bytes(decode) + chunk_bytes) / read_rate + chunk_bytes / engine.hop_bytes_per_s
+    return chunk_bytes / read_rate + chunk_bytes / engine.hop_bytes_per_s
 
 
 def _rate(engine: EngineView | None) -> float | None:

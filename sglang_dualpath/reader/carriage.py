@@ -19,19 +19,21 @@ class Carriage:
     def __init__(self, state: DecodeState) -> None:
         self._state = state
 
-    def next_chunk(self, timeout_s: float) -> Chunk | None:
-        """The next granted chunk, oldest read first; waits up to ``timeout_s``."""
+    def next_chunk(self, timeout_s: float, *, memory_only: bool = False) -> Chunk | None:
+        """The next granted chunk, those held in memory first, then oldest read first; waits up to ``timeout_s``."""
         with self._state.lock:
-            chunk = self._take_chunk()
+            chunk = self._take_chunk(memory_only)
             if chunk is None and not self._state.stopped:
                 self._state.pump()
                 self._state.lock.wait(timeout_s)
-                chunk = self._take_chunk()
+                chunk = self._take_chunk(memory_only)
             return chunk
 
-    def _take_chunk(self) -> Chunk | None:
+    def _take_chunk(self, memory_only: bool) -> Chunk | None:
         self._state.drop_overdue()
         chunk = None if self._state.stopped else self._state.claims.next_chunk(self._state.reads)
+        if chunk is not None and memory_only and not chunk.grant.memory:
+            return None
         if chunk is not None:
             chunk.read.granted.remove(chunk)
             if chunk.grant.memory:

@@ -13,6 +13,7 @@ One lock guards it all; no I/O happens while it is held.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Hashable, Sequence
 
 from sglang_dualpath import __version__, metrics
@@ -24,6 +25,8 @@ from sglang_dualpath.reader.decode_state import DecodeState
 from sglang_dualpath.reader.prefetch import Prefetch
 
 __all__ = ["Chunk", "DecodeRead", "DecodeReads", "Phase"]
+
+logger = logging.getLogger(__name__)
 
 # How often a waiting thread looks whether SGLang cancelled its operation, which wakes nobody.
 _CANCEL_POLL_S = 0.05
@@ -91,12 +94,17 @@ class DecodeReads(DecodeState):
                 read.phase = Phase.SUBMITTED
 
     def parked(self, read: DecodeRead, delay_s: float, reason: str) -> None:
-        """SGLang has no room for the prefetch now; :meth:`take_offers` names the read again after ``delay_s``."""
+        """SGLang has no room for the prefetch now; :meth:`take_offers` names the read again after ``delay_s``.
+
+        Counted once per read.
+        """
         with self.lock:
             if read.phase in (Phase.OFFERED, Phase.SUBMITTED):
                 read.phase = Phase.OFFERED
+                if not read.parked_until_s:
+                    metrics.PARKED.add(engine_role="decode", reason=reason)
+                    logger.info("DualPath read of room %d waits (%s).", read.room, reason)
                 read.parked_until_s = self.clock() + delay_s
-                metrics.PARKED.add(engine_role="decode", reason=reason)
                 if read.ended is not None:
                     self.settle(read)
 

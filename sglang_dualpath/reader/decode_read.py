@@ -86,6 +86,7 @@ class DecodeRead:
     memory_left: int = 0
     """Pages of the offer that are held in memory and were not granted yet."""
     parked_until_s: float = 0.0
+    """When SGLang is asked again for the prefetch, 0 as long as it has found room."""
     claim_again_s: float = 0.0
 
     @property

@@ -16,6 +16,7 @@ from sglang_dualpath import metrics
 from sglang_dualpath.errors import TransferError
 from sglang_dualpath.reader.decode import Chunk, DecodeReads
 from sglang_dualpath.reader.prefetch import ReadLimit
+from sglang_dualpath.reader.priority import PUSHING, READING, give_way
 from sglang_dualpath.transfer import Peer, PlaneGeometry, PoolGeometry, Transport
 
 logger = logging.getLogger(__name__)
@@ -53,10 +54,13 @@ class HopReader:
             thread.start()
 
     def _run(self) -> None:
+        give_way(READING)
         while not self._stop.is_set():
             chunk: Chunk | None = None
             try:
-                chunk = self._chunks.next_chunk(_IDLE_WAIT_S)
+                delay_s = self._limit.delay_s()
+                # Until storage may be read again, a chunk from there stays where a cancel takes it back at once.
+                chunk = self._chunks.next_chunk(min(delay_s or _IDLE_WAIT_S, _IDLE_WAIT_S), memory_only=delay_s > 0)
                 if chunk is not None:
                     self._carry(chunk)
             except Exception:
@@ -69,15 +73,7 @@ class HopReader:
 
     def _carry(self, chunk: Chunk) -> None:
         if not chunk.grant.memory:
-            slots = self._chunks.source_slots(chunk)
-            delay_s = self._limit.delay_s(len(slots) * self._reads.pages.page_bytes)
-            if delay_s:
-                self._stop.wait(delay_s)
-            problem = self._chunks.refused_push(chunk)
-            if problem is not None:
-                self._chunks.pushed(chunk, problem)
-                return
-            self._read(chunk, slots)
+            self._read(chunk, self._chunks.source_slots(chunk))
         offer = chunk.read.offer
         assert offer is not None
         if chunk.good_pages == 0:
@@ -97,6 +93,7 @@ class HopReader:
         good = 0
         try:
             if not prefetch.is_cancelled():
+                self._limit.spend(len(slots) * self._reads.pages.page_bytes)
                 good = prefetch.read_pages(chunk.first_page - prefetch.first_page, slots)
         except Exception:
             logger.exception("Storage read of %d pages failed for room %s.", len(slots), chunk.read.room)
@@ -172,5 +169,6 @@ class _Pusher:
         self.thread.start()
 
     def _run(self) -> None:
+        give_way(PUSHING)
         while (chunk := self._hop.next_push(self)) is not None:
             self._hop.push(self.session, chunk)

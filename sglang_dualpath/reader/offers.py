@@ -267,6 +267,7 @@ class OfferDesk:
                 own = plan.share_of(self._planner.engine)
                 # Without a share of its own, this engine's reader stays the fallback: a limit of 0 makes it that.
                 limit = 0 if own is None else own.limit_pages
+                read.own_share = own is not None
                 read.ledger.join(OWN, Share(End.BACK, limit_pages=limit), local=True)
         read.ledger.leave(_AWAITED, now_s=self._reads.clock())
         self._reads.lock.notify_all()

@@ -10,6 +10,7 @@ from sglang_dualpath import metrics
 from sglang_dualpath.ledger import Grant
 from sglang_dualpath.reader.prefetch import ReadLimit
 from sglang_dualpath.reader.prefill import PrefillRead, PrefillReads
+from sglang_dualpath.reader.priority import READING, give_way
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +31,12 @@ class OwnReaders:
             thread.start()
 
     def _run(self) -> None:
+        give_way(READING)
         while not self._stop.is_set():
             try:
+                # Before the claim: whoever ends a read waits for its open claims.
+                if self._stop.wait(self._limit.delay_s()):
+                    return
                 claim = self._reads.next_own_claim(_IDLE_WAIT_S)
                 if claim is not None:
                     self._read(*claim)
@@ -41,13 +46,11 @@ class OwnReaders:
                 self._stop.wait(_IDLE_WAIT_S)  # an error that repeats must not take a core
 
     def _read(self, read: PrefillRead, grant: Grant) -> None:
-        delay_s = self._limit.delay_s(grant.pages * self._reads.pages.page_bytes)
-        if delay_s:
-            self._stop.wait(delay_s)
         started = time.monotonic()
         good = 0
         try:
             if not read.prefetch.is_cancelled():
+                self._limit.spend(grant.pages * self._reads.pages.page_bytes)
                 good = read.prefetch.read_pages(grant.first_page - read.prefetch.first_page, grant.slots)
                 good = max(0, min(good, grant.pages))
         except Exception:

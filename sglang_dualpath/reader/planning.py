@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 
+import msgspec
+
 from sglang_dualpath import metrics
 from sglang_dualpath.policy import BalancingPolicy, ClusterView, EngineView, ReadPlan, ReadRequest, Role, validate_plan
 from sglang_dualpath.policy.types import prefill_alone
@@ -75,4 +77,8 @@ class Planner:
             requests_in_flight=len(self._reads.reads),
         )
         decode = self._views.get(request.decode.encode()) if request.decode is not None else None
+        if decode is not None:
+            # What was offered since its last report counts, or all reads of a burst would go to the same side.
+            offered = self._reads.offered_read_bytes(decode.engine)
+            decode = msgspec.structs.replace(decode, queued_read_bytes=max(decode.queued_read_bytes, offered))
         return ClusterView([own] if decode is None else [own, decode])

@@ -82,19 +82,23 @@ class Rate:
 
 @dataclass
 class ReadLimit:
-    """Holds readers to ``bytes_per_s`` in the long run (0: no limit), by making each wait before its read."""
+    """Holds readers to ``bytes_per_s`` in the long run (0: no limit): each waits for the time of what was read before.
+
+    So how long to wait is known before there is anything to read, and nobody waits with a claim in hand.
+    """
 
     bytes_per_s: float
     clock: Callable[[], float] = time.monotonic
     _free_at: float = field(default=0.0, init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
 
-    def delay_s(self, size_bytes: int) -> float:
-        """Seconds to wait before reading ``size_bytes``; call it once per read."""
-        if self.bytes_per_s <= 0:
-            return 0.0
+    def delay_s(self) -> float:
+        """Seconds until the next read may begin."""
         with self._lock:
-            now = self.clock()
-            start = max(now, self._free_at)
-            self._free_at = start + size_bytes / self.bytes_per_s
-            return start - now
+            return max(0.0, self._free_at - self.clock())
+
+    def spend(self, size_bytes: int) -> None:
+        """A read of ``size_bytes`` begins."""
+        if self.bytes_per_s > 0:
+            with self._lock:
+                self._free_at = max(self.clock(), self._free_at) + size_bytes / self.bytes_per_s

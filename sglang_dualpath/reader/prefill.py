@@ -2,7 +2,7 @@
 
 Threads, and what each may do:
 
-* scheduler: ``arrived``, ``declined``, ``passed_over``, ``opened``, ``gone``, ``abandon_all``; never waits;
+* scheduler: ``arrived``, ``parked``, ``declined``, ``passed_over``, ``opened``, ``gone``, ``abandon_all``; never waits;
 * SGLang's prefetch IO thread: ``wait`` and ``finish``; waits for pages, until they land or a deadline passes;
 * SGLang's hit query thread: ``held_pages``; waits a moment for the first message of a decode engine;
 * own reader threads: ``next_own_claim`` and ``own_done``;
@@ -104,6 +104,15 @@ class PrefillReads:
             room = self._room_of.get(handle)
             if room is not None:
                 self._close_room(room, reason)
+
+    def parked(self, handle: Hashable, reason: str) -> None:
+        """SGLang has no room for this request's prefetch now, and will be asked again. Counted once per request."""
+        with self.lock:
+            number = self._room_of.get(handle)
+            if number is not None and not self._room(number).parked:
+                self._room(number).parked = True
+                metrics.PARKED.add(engine_role="prefill", reason=reason)
+                logger.info("DualPath read of room %d waits (%s).", number, reason)
 
     def passed_over(self, handle: Hashable) -> None:
         """SGLang has looked at this request and asked storage for nothing; a decode engine that asks is told so.
@@ -292,11 +301,15 @@ class PrefillReads:
 
     def queued_read_bytes(self) -> int:
         """Bytes that own readers may have to read, not counting what decode engines have claimed. Lock held."""
-        pages = 0
-        for read in self.reads.values():
-            first, end = read.ledger.span_left
-            pages += max(0, end - first)
-        return pages * self.pages.page_bytes
+        return self._unclaimed_bytes(read for read in self.reads.values() if read.own_share or read.decode is None)
+
+    def offered_read_bytes(self, engine: str) -> int:
+        """Bytes that a decode engine was offered here and that nobody has claimed. Lock held."""
+        return self._unclaimed_bytes(read for read in self.reads.values() if read.decode == engine)
+
+    def _unclaimed_bytes(self, reads: Iterable[PrefillRead]) -> int:
+        spans = (read.ledger.span_left for read in reads)
+        return sum(end - first for first, end in spans) * self.pages.page_bytes
 
     def take_back(self, read: PrefillRead, expired: Iterable[Expired]) -> None:
         """Claims were taken from their writer: its pages go to spares from now on. Lock held."""

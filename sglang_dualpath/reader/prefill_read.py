@@ -28,6 +28,8 @@ class PrefillRead:
     progress_s: float = 0.0
     """When the decode engine was last offered or granted pages of this read, or said its last word on some."""
     planned: bool = False
+    own_share: bool = True
+    """This engine's own readers have a share; without one they are the fallback for what the decode engine leaves."""
     closed: bool = False
 
     @property
@@ -65,5 +67,7 @@ class Room:
     attempts: int = 0
     read: PrefillRead | None = None
     closed: NoOfferReason | None = None
+    parked: bool = False
+    """Its prefetch found no room at least once."""
     alone: bool = False
     """Its decode engine cannot or will not help."""

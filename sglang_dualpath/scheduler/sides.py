@@ -72,7 +72,7 @@ def _transport(manager: Any, pages: HostPages) -> Transport:
 
 def _reader_threads(config: DualPathConfig, backend: str) -> int:
     if config.reader_threads > 1 and backend not in _CONCURRENT_BACKENDS:
-        logger.warning("One reader thread is used: the %s backend is not known to serve several.", backend)
+        logger.info("One reader thread is used: the %s backend is not known to serve several.", backend)
         return 1
     return config.reader_threads
 
@@ -158,8 +158,7 @@ class PrefillSide:
                 self._scheduler._prefetch_kvcache(req)
 
     def _park(self, handle: Any, reason: str) -> None:
-        if handle not in self._parked:
-            metrics.PARKED.add(engine_role="prefill", reason=reason)
+        self.reads.parked(handle, reason)
         self._parked[handle] = self.reads.clock() + _PARK_S
 
 

@@ -7,18 +7,13 @@ import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
 
-from benchmarks.micro import policies
 from benchmarks.micro.decode import DecodeSettings, Phase, Stream, gaps_between, summarize
 from benchmarks.micro.errors import BenchmarkError
-from benchmarks.micro.policies import Switchable
-from sglang_dualpath.policy import ClusterView, ReadRequest, load_policy
 
 PAYLOAD = 100_000_000
-READ = ReadRequest(room=1, prefill="p", decode="d", hit_pages=64, page_bytes=1 << 20)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -108,16 +103,3 @@ def test_a_phase_that_was_not_what_its_name_says_is_refused(name: str, prefill: 
     }
     with pytest.raises(BenchmarkError, match=f"A phase called {name} read"):
         summarize(DecodeSettings(), [*({**good, name: phase(name, 10, prefill, decode)}).values()], PAYLOAD)
-
-
-def test_the_policy_follows_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "policy"
-    monkeypatch.setenv(policies.FILE_ENV, str(file))
-    file.write_text("split")
-    policy = load_policy(policies.NAME)
-    assert isinstance(policy, Switchable)
-    file.write_text("prefill\n")
-    assert [share.engine for share in policy.plan(READ, ClusterView([])).shares] == ["p"]
-    file.write_text("decode")
-    assert policy.needs_decode
-    assert [share.engine for share in policy.plan(READ, ClusterView([])).shares] == ["d"]

@@ -77,9 +77,25 @@ def test_a_transfer_engine_that_is_not_installed_is_named_in_one_sentence(
     monkeypatch.setattr(importlib.util, "find_spec", lambda asked: None if asked == name else found(asked))
     with pytest.raises(BenchmarkError, match=says):
         fabrics.fabric(name)
-    result = CliRunner().invoke(app, ["hop", "--transport", name])
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr.strip().count("\n") == 0
+    for command in ("hop", "cpu"):
+        result = CliRunner().invoke(app, [command, "--transport", name])
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert result.stderr.strip().count("\n") == 0
+
+
+def test_each_command_makes_its_own_report_of_the_samples_that_it_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[HopSettings] = []
+
+    def measure(settings: HopSettings, on_sample: object) -> list[Sample]:
+        asked.append(settings)
+        return [sample(path, 500, cpu_s=0.4) for path in settings.paths]
+
+    monkeypatch.setattr("benchmarks.micro.hop.measure", measure)
+    for command in ("hop", "cpu"):
+        result = CliRunner().invoke(app, [command, "--json", "--repetitions", "1"])
+        assert result.exit_code == 0, result.output
+        assert json.loads(result.stdout)["benchmark"] == command
+    assert [settings.paths for settings in asked] == [tuple(PATHS), ("bare", "push", "reader", "tcp")]
 
 
 def test_pages_have_the_geometry_of_sglangs_pool() -> None:

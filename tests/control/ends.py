@@ -27,6 +27,10 @@ def wait_for(condition: Callable[[], object], what: str = "condition") -> None:
         time.sleep(0.002)
 
 
+def port_of(server: ControlServer) -> int:
+    return int(server.endpoint.rpartition(":")[2])
+
+
 @dataclass
 class Record:
     """What one end reported."""

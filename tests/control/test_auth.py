@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from sglang_dualpath.control.auth import MAC_BYTES, TO_CLIENT, TO_SERVER, Authenticator
+from sglang_dualpath.control.auth import TO_CLIENT, TO_SERVER, Authenticator
 
 KEY = b"k" * 16
+MAC_BYTES = 32  # of SHA-256
 
 
 def test_a_signed_payload_is_accepted() -> None:

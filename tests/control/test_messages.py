@@ -54,7 +54,6 @@ def test_a_message_and_its_answer_arrive(ends: Ends, host: str, key: bytes | Non
     assert server.send(b"decode-1", Queued(room=7, reason="busy"))
     wait_for(lambda: decode.messages)
     assert decode.messages == [(server.endpoint, Queued(room=7, reason="busy"))]
-    assert (server.statistics().sent, server.statistics().received) == (1, 1)
     assert not prefill.errors
     assert not decode.errors
 
@@ -62,7 +61,6 @@ def test_a_message_and_its_answer_arrive(ends: Ends, host: str, key: bytes | Non
 def test_the_endpoint_is_an_address_to_connect_to(ends: Ends) -> None:
     server, _ = ends.server("::1")
     assert re.fullmatch(r"tcp://\[::1\]:\d+", server.endpoint)
-    assert server.endpoint.endswith(f":{server.port}")
 
 
 def test_every_type_travels_in_order(ends: Ends) -> None:
@@ -125,15 +123,14 @@ def test_messages_under_another_key_are_dropped_and_counted(
     client.send(server.endpoint, Bye(room=1, attempt=0))
     wait_for(lambda: prefill.errors)
     assert prefill.errors == {ControlErrorKind.AUTHENTICATION: 1}
-    assert server.statistics().errors == {"authentication": 1}
     assert not prefill.messages
 
 
 def test_the_client_drops_answers_under_another_key(ends: Ends) -> None:
-    server, _ = ends.server(key=KEY)
+    server, prefill = ends.server(key=KEY)
     client, decode = ends.client(key=None)
     client.send(server.endpoint, Bye(room=1, attempt=0))
-    wait_for(lambda: server.statistics().errors)
+    wait_for(lambda: prefill.errors)
     server.send(b"decode-1", Queued(room=1, reason=""))
     wait_for(lambda: decode.errors)
     assert decode.errors == {ControlErrorKind.AUTHENTICATION: 1}

@@ -15,7 +15,7 @@ import zmq
 
 from sglang_dualpath.control.loop import HIGH_WATER_MARK, ControlErrorKind
 from sglang_dualpath.protocol import MAX_GRANT_PAGES, Bye, Cancel, Fail, Grant, Queued
-from tests.control.ends import KEY, Ends, wait_for
+from tests.control.ends import KEY, Ends, port_of, wait_for
 
 LARGE_GRANT = Grant(
     room=1,
@@ -69,7 +69,7 @@ def test_a_killed_peer_is_reported_gone_after_the_grace(ends: Ends, children: li
     killed_s = time.monotonic()
     server.send(b"child", Cancel(room=1, attempt=0))
     while not prefill.gone and time.monotonic() < killed_s + 10:
-        server.probe(b"child")  # the first send may have gone into a connection that was just closing
+        server.send(b"child", Cancel(room=1, attempt=0))  # the first may have gone into a connection about to close
         time.sleep(0.01)
     assert prefill.gone == [b"child"]
     assert time.monotonic() - killed_s >= 0.5
@@ -82,7 +82,6 @@ def test_a_frozen_peer_is_not_gone(ends: Ends, children: list[Child]) -> None:
     children[0].signal(signal.SIGSTOP)
     try:
         for _ in range(20):
-            server.probe(b"child")
             server.send(b"child", Cancel(room=1, attempt=0))
             time.sleep(0.05)
         assert not prefill.gone
@@ -118,10 +117,10 @@ def test_a_peer_that_reconnects_within_the_grace_is_not_gone(ends: Ends) -> None
 
 def test_without_a_gone_handler_nothing_is_kept(ends: Ends) -> None:
     server, prefill = ends.server(gone_grace_s=0.05, handler_gone=None)
-    server.probe(b"nobody")
-    time.sleep(0.3)
-    assert server._unreachable_since_s == {}
-    assert not prefill.errors
+    server.send(b"nobody", Cancel(room=1, attempt=0))
+    wait_for(lambda: prefill.errors)
+    wait_for(lambda: not server._unreachable_since_s)
+    assert prefill.errors == {ControlErrorKind.UNREACHABLE: 1}
 
 
 def test_the_client_reconnects_to_a_restarted_server(ends: Ends) -> None:
@@ -130,7 +129,7 @@ def test_the_client_reconnects_to_a_restarted_server(ends: Ends) -> None:
     client.send(server.endpoint, Bye(room=1, attempt=0))
     wait_for(lambda: before.messages)
     server.close()
-    restarted, after = ends.server(port=server.port)
+    restarted, after = ends.server(port=port_of(server))
     assert restarted.endpoint == server.endpoint
     client.send(restarted.endpoint, Bye(room=2, attempt=0))
     wait_for(lambda: after.messages)
@@ -145,7 +144,7 @@ def test_messages_wait_for_a_server_that_starts_later(ends: Ends) -> None:
     client, _ = ends.client()
     assert client.send(server.endpoint, Bye(room=1, attempt=0))
     time.sleep(0.3)
-    _, record = ends.server(port=server.port)
+    _, record = ends.server(port=port_of(server))
     wait_for(lambda: record.messages)
 
 
@@ -175,7 +174,7 @@ def test_a_peer_that_does_not_read_costs_a_bounded_queue_and_is_not_gone(ends: E
             assert time.monotonic() < limit_s
             if not server.send(b"deaf", LARGE_GRANT):
                 time.sleep(0.01)  # this thread was faster than the control thread
-        server.probe(b"deaf")
+        server.send(b"deaf", LARGE_GRANT)
         time.sleep(0.3)
         assert not prefill.gone
     finally:

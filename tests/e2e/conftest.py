@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
 
+from benchmarks.policies import PolicySwitch
 from benchmarks.testbed.client import Client
 from benchmarks.testbed.cluster import Cluster, ClusterSpec
 from benchmarks.testbed.errors import RequestError
 from benchmarks.testbed.model import identity_mla_model, small_identity_model
 from benchmarks.testbed.servers import ServerSpec, stock_pair
 from benchmarks.testbed.store import StoreSpec
-from tests.e2e import policies
 from tests.e2e.cover import Model, Row
 from tests.e2e.prompts import NEW_TOKENS, Outputs, Prompts, ask_all, differences, make_prompts
 
@@ -107,13 +106,10 @@ def references(prompts: Prompts, model_path: Callable[[Model], Path]) -> Referen
 class Pair:
     """A DualPath pair whose policy can be switched."""
 
-    def __init__(self, cluster: Cluster, policy_file: Path, row: Row) -> None:
+    def __init__(self, cluster: Cluster, switch: PolicySwitch, row: Row) -> None:
         self.cluster = cluster
         self.row = row
-        self._policy_file = policy_file
-
-    def use_policy(self, name: str) -> None:
-        self._policy_file.write_text(name)
+        self.use_policy = switch.use
 
 
 @pytest.fixture(scope="module")
@@ -122,16 +118,13 @@ def pair(
 ) -> Iterator[Pair]:
     row: Row = request.param
     references.of(row.model)  # before ours starts: both at once do not fit
-    policy_file = work / f"policy-{row}"
+    switch = PolicySwitch(work / f"policy-{row}")
     settings = {
         **SETTINGS,
         "transfer_backend": row.transfer,
         # Small chunks: `split` shares what takes longer than one of them, by the rates that it has seen.
-        "extra_flags": ("--dualpath-policy", "tests.e2e.policies:Switchable", "--dualpath-chunk-bytes", "262144"),
-        "extra_env": {
-            policies.FILE_ENV: str(policy_file),
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])),
-        },
+        "extra_flags": (*switch.flags, "--dualpath-chunk-bytes", "262144"),
+        "extra_env": switch.environment,
     }
     spec = ClusterSpec(
         model=model_path(row.model),
@@ -145,4 +138,4 @@ def pair(
         router=row.router,
     )
     with Cluster(spec, log_dir=log_dir(str(row))) as cluster:
-        yield Pair(cluster, policy_file, row)
+        yield Pair(cluster, switch, row)

@@ -151,6 +151,7 @@ class DecodeNode:
             storage_backend=None,
             read_pages=lambda operation, first, indices: len(indices) // PAGE_TOKENS,
         )
+        self.controller = controller
         self.path = DecodePath(self.tree, controller, self.reads)  # type: ignore[arg-type]
 
     def accept(self, room: int, name: str = "request", pages: int = 8) -> DecodeRead:

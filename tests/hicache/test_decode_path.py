@@ -261,3 +261,44 @@ def test_a_flush_forgets_every_lock() -> None:
     node.path.forget()
     node.leave(ROOM)
     assert node.tree.locked == 0
+
+
+# -- write-back --------------------------------------------------------------------------------------------------------
+
+
+class Storage:
+    """A backend that holds the pages before ``end``, or that cannot be asked."""
+
+    def __init__(self, end: int = 0, fault: Exception | None = None) -> None:
+        self.end = end
+        self.fault = fault
+        self.asked: list[list[str]] = []
+
+    def batch_exists(self, keys: list[str], extra_info: object) -> int:
+        self.asked.append(keys)
+        if self.fault is not None:
+            raise self.fault
+        return len([key for key in keys if int(key.split()[1]) < self.end])
+
+
+def test_pages_that_storage_holds_are_not_written_back() -> None:
+    node = DecodeNode()
+    read_two_pages(node)  # of the eight that it was told of
+    node.controller.storage_backend = storage = Storage(end=10)
+    assert node.path.unwritten(hashes(0, 8)) == []
+    assert not storage.asked, "what a read was told is in storage is asked for again"
+    assert node.path.unwritten(hashes(6, 12)) == [4, 5]
+    assert storage.asked == [hashes(8, 12)]
+
+
+def test_pages_are_written_back_when_storage_cannot_be_asked(caplog: pytest.LogCaptureFixture) -> None:
+    node = DecodeNode()
+    read_two_pages(node)
+    node.controller.storage_backend = Storage(fault=OSError("no route to storage"))
+    counted = metrics.FALLBACKS.value(reason="write_back_query_exception")
+    with caplog.at_level("WARNING"):
+        assert node.path.unwritten(hashes(6, 12)) == [2, 3, 4, 5]
+    assert metrics.FALLBACKS.value(reason="write_back_query_exception") == counted + 1
+    (record,) = caplog.records
+    assert "4 pages" in record.getMessage()
+    assert "no route to storage" in record.getMessage()

@@ -14,6 +14,11 @@ REMOTE = Share(End.FRONT, lease_s=1.0, exposed=True)
 OpenLedger = Callable[..., Ledger]
 
 
+def settled(ledger: Ledger) -> bool:
+    """Whether all pages have landed, or no more leading ones will."""
+    return ledger.settled_through(ledger.end_page - ledger.first_page)
+
+
 class Claims:
     """Claims at a time of 0 unless told otherwise, and says at once when the answer is of the other kind."""
 
@@ -49,13 +54,10 @@ def reserve() -> Reserve:
 def empty_ledger(reserve: Reserve) -> OpenLedger:
     """Pages 100.. in slots 0.., all in storage, in chunks of 4 pages. Nobody has joined."""
 
-    def open_it(
-        pages: int = 32, *, in_storage: int | None = None, chunk_pages: int = 4, key: object = "read"
-    ) -> Ledger:
+    def open_it(pages: int = 32, *, in_storage: int | None = None, chunk_pages: int = 4) -> Ledger:
         end = 100 + (pages if in_storage is None else in_storage)
-        slots = range(pages)
         return Ledger(
-            first_page=100, slots=slots, storage_end_page=end, reserve=reserve, chunk_pages=chunk_pages, key=key
+            first_page=100, slots=range(pages), storage_end_page=end, reserve=reserve, chunk_pages=chunk_pages
         )
 
     return open_it

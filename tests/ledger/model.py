@@ -56,14 +56,13 @@ class ModelReader:
 class Read:
     """One prefetch: its host indices, its ledger, and what the ledger should say about each page."""
 
-    def __init__(self, first_page: int, slots: list[int], storage_end: int, reserve: Reserve, chunk: int, key: object):
+    def __init__(self, first_page: int, slots: list[int], storage_end: int, reserve: Reserve, chunk: int) -> None:
         self.ledger = Ledger(
             first_page=first_page,
             slots=slots,
             storage_end_page=storage_end,
             reserve=reserve,
             chunk_pages=chunk,
-            key=key,
         )
         self.first_page = first_page
         self.end_page = first_page + len(slots)

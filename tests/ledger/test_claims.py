@@ -6,7 +6,7 @@ import pytest
 
 from sglang_dualpath.ledger import End, Ledger, RefusalReason, Reserve, Share, Source
 
-from .conftest import LOCAL, REMOTE
+from .conftest import LOCAL, REMOTE, settled
 
 
 def test_the_front_reader_claims_the_lowest_pages(claim):
@@ -60,7 +60,7 @@ def test_a_reader_takes_whole_chunks_of_what_all_others_failed(open_ledger, clai
 
 
 def test_claim_ids_differ_between_ledgers(open_ledger, claims_on):
-    ids = [claims_on(open_ledger(key=key))("de").claim_id for key in ("a", "b")]
+    ids = [claims_on(open_ledger())("de").claim_id for _ in range(2)]
     assert ids[0] != ids[1]
 
 
@@ -180,11 +180,11 @@ def test_without_any_reserve_an_exposed_reader_need_not_come_back():
     ledger = Ledger(first_page=0, slots=range(4), storage_end_page=4, reserve=Reserve([]), chunk_pages=4)
     ledger.join("de", REMOTE)
     answer = ledger.claim("de", max_pages=None, now_s=0.0)
-    assert (answer.reason, answer.retry, ledger.settled) == (RefusalReason.NO_SPARE, False, True)
+    assert (answer.reason, answer.retry, settled(ledger)) == (RefusalReason.NO_SPARE, False, True)
 
 
 def test_the_reserve_is_shared_between_ledgers(open_ledger, claims_on, reserve):
-    readers = [claims_on(open_ledger(key=key)) for key in range(5)]
+    readers = [claims_on(open_ledger()) for _ in range(5)]
     for claim in readers[:4]:
         claim("de")
     assert reserve.free == 0
@@ -207,7 +207,6 @@ def test_open_grants_are_those_without_a_last_word(ledger, claim):
     first, second, third = claim("de"), claim("pe"), claim("de")
     ledger.land(first.claim_id, now_s=0.0)
     assert ledger.open_grants() == (second, third)
-    assert ledger.open_grants("de") == (third,)
 
 
 def test_statistics_account_for_every_granted_page(ledger, claim):

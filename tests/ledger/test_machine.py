@@ -8,6 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from sglang_dualpath.ledger import End, Expired, Grant, Refusal, RefusalReason, Reserve, Share
 
+from .conftest import settled
 from .model import ModelReader, Read, Spec, Token, Writer
 
 POOL_SLOTS = 80
@@ -63,7 +64,7 @@ class LedgerMachine(RuleBasedStateMachine):
             return
         slots, self.free = self.free[: spec.pages], self.free[spec.pages :]
         storage_end = spec.first_page + max(0, spec.pages - spec.beyond_storage)
-        read = Read(spec.first_page, slots, storage_end, self.reserve, spec.chunk_pages, key=len(self.open))
+        read = Read(spec.first_page, slots, storage_end, self.reserve, spec.chunk_pages)
         self.open.append(read)
         for name, share in {**spec.local, **spec.remotes}.items():
             self.join(read, name, share)
@@ -161,7 +162,7 @@ class LedgerMachine(RuleBasedStateMachine):
         assert slot not in self.tree, "a write into the prefix cache"
         assert slot not in self.others, "a write into somebody else's memory"
         assert slot not in self.free
-        assert slot not in self.reserve.spare_slots(), "a write into a spare slot"
+        assert slot not in self.reserve._spares, "a write into a spare slot"
         if writer.taken_away:
             assert slot in self.reserve.exposed_slots()
         else:
@@ -215,11 +216,11 @@ class LedgerMachine(RuleBasedStateMachine):
         if name in read.readers:
             read.left(name)
         self.take_away(read, read.ledger.revoke(name, now_s=self.now_s))
-        assert not read.ledger.open_grants(name)
+        assert all(grant.reader != name for grant in read.ledger.open_grants())
 
     def take_away(self, read: Read, taken: list[Expired]) -> None:
         for expired in taken:
-            assert expired.key in self.reserve.quarantine_keys()
+            assert self.reserve.exposed_slots().issuperset(expired.swap.old_slots)
             read.taken_away(expired, self.at_work[expired.grant.claim_id])
 
     @precondition(lambda self: self.open)
@@ -227,9 +228,9 @@ class LedgerMachine(RuleBasedStateMachine):
     def ask_whether_settled(self, pick: int, page_count: int) -> None:
         read = self.read(pick)
         enough = read.landed_prefix() >= min(page_count, len(read.slots))
-        settled = read.settled()
-        assert read.ledger.settled_through(page_count) == (enough or settled)
-        read.settled_short |= settled and not enough and not read.closed
+        over = read.settled()
+        assert read.ledger.settled_through(page_count) == (enough or over)
+        read.settled_short |= over and not enough and not read.closed
 
     @precondition(lambda self: self.open)
     @rule(pick=picks, how=st.sampled_from(["abort", "short", "drain", "alone"]), goods=words)
@@ -250,7 +251,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.finish_open_claims(read)
         # Each round grants a page, or ends a reader's part, or waits out a reservation.
         for _ in range(3 * len(read.slots) * len(NAMES) + 10):
-            if read.ledger.settled:
+            if settled(read.ledger):
                 break
             self.now_s += LEASE_S / 2
             for name in read.readers:
@@ -261,7 +262,7 @@ class LedgerMachine(RuleBasedStateMachine):
             for other in self.open:
                 self.expire(other)
             self.let_the_late_speak()
-        assert read.ledger.settled, "a read in which all work does not end"
+        assert settled(read.ledger), "a read in which all work does not end"
         self.end(read, keep=True)
 
     def finish_alone(self, read: Read, goods: list[int | None]) -> None:
@@ -274,7 +275,7 @@ class LedgerMachine(RuleBasedStateMachine):
             if writer is None:
                 break
             self.speak(writer, goods.pop() if goods else None)
-        assert read.ledger.settled, "the local reader alone does not end the read"
+        assert settled(read.ledger), "the local reader alone does not end the read"
         local = read.readers.get("pe")
         for page in range(read.first_page, read.first_page + read.landed_prefix() + 1):
             lost = page == read.end_page or page >= read.storage_end or local is None or page in local.barred
@@ -302,7 +303,7 @@ class LedgerMachine(RuleBasedStateMachine):
         assert read.ledger.open_local_claims() == len(self.open_writers(read))
         self.finish_open_claims(read)
         assert read.ledger.open_local_claims() == 0
-        assert read.ledger.settled
+        assert settled(read.ledger)
         assert read.ledger.landed_prefix() == prefix
         self.check(read)
         self.open.remove(read)
@@ -331,21 +332,20 @@ class LedgerMachine(RuleBasedStateMachine):
     @invariant()
     def no_slot_is_lost_or_owned_twice(self) -> None:
         reserve = self.reserve
-        owned = [*self.free, *self.tree, *self.others, *reserve.spare_slots(), *reserve.exposed_slots()]
+        owned = [*self.free, *self.tree, *self.others, *reserve._spares, *reserve.exposed_slots()]
         for read in self.open:
             owned += read.slots
         assert sorted(owned) == list(range(POOL_SLOTS))
 
     @invariant()
     def the_reserve_keeps_its_size_and_its_promises(self) -> None:
-        reserve, stats = self.reserve, self.reserve.statistics()
-        assert len(reserve.spare_slots()) + len(reserve.exposed_slots()) == reserve.size
-        assert stats.free + stats.backing + stats.quarantined == stats.size
-        assert stats.free >= 0
-        assert stats.swapped_total - stats.released_total == stats.quarantined
+        reserve = self.reserve
+        assert reserve.spares + len(reserve.exposed_slots()) == reserve.size
+        assert reserve.free + reserve.backing + reserve.quarantined == reserve.size
+        assert reserve.free >= 0
         exposed = sum(w.grant.pages for w in self.at_work.values() if w.exposed and not w.taken_away)
         late = sum(w.grant.pages for w in self.at_work.values() if w.taken_away)
-        assert (stats.backing, stats.quarantined) == (exposed, late)
+        assert (reserve.backing, reserve.quarantined) == (exposed, late)
 
     @invariant()
     def what_is_in_the_cache_stays_what_it_was(self) -> None:

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from sglang_dualpath.ledger import End, Grant, Ledger, Reserve, Share
 
+from .conftest import settled
+
 FRONT = Share(End.FRONT, lease_s=1e9, exposed=True)
 BACK = Share(End.BACK, lease_s=1e9, exposed=True)
 
@@ -40,7 +42,7 @@ def read(
         if isinstance(answer, Grant):
             reads.update(range(answer.first_page, answer.end_page))
             heapq.heappush(busy, (now_s + answer.pages / shares[name][1], answer.claim_id, name, answer))
-    assert ledger.settled
+    assert settled(ledger)
     assert ledger.landed_prefix() == pages
     return reads, Counter(ledger.statistics().landed_by_reader), now_s
 

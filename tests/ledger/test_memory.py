@@ -6,7 +6,7 @@ import pytest
 
 from sglang_dualpath.ledger import End, RefusalReason, Share, Source
 
-from .conftest import REMOTE
+from .conftest import REMOTE, settled
 
 HELPER = Share(End.BACK, lease_s=1.0, exposed=True)
 
@@ -122,7 +122,7 @@ def test_pages_beyond_storage_land_from_memory_alone(open_ledger, claims_on):
     claim = claims_on(ledger)
     claim.landed("de")
     claim.landed("de")
-    assert (ledger.settled, ledger.landed_prefix()) == (True, 8)
+    assert (settled(ledger), ledger.landed_prefix()) == (True, 8)
 
 
 def test_pages_beyond_storage_are_lost_with_their_holder(open_ledger, claims_on):
@@ -130,7 +130,7 @@ def test_pages_beyond_storage_are_lost_with_their_holder(open_ledger, claims_on)
     ledger.reserve_range("de", 100, 108, until_s=1.0)
     ledger.leave("de", now_s=0.0)
     claims_on(ledger).landed("pe")
-    assert (ledger.settled, ledger.landed_prefix()) == (True, 2)
+    assert (settled(ledger), ledger.landed_prefix()) == (True, 2)
 
 
 def test_a_range_is_cut_to_the_read(ledger, claim):

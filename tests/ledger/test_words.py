@@ -6,7 +6,7 @@ import pytest
 
 from sglang_dualpath.ledger import RefusalReason
 
-from .conftest import LOCAL, REMOTE
+from .conftest import LOCAL, REMOTE, settled
 
 
 def test_landed_pages_count_for_their_reader(ledger, claim):
@@ -46,7 +46,7 @@ def test_another_reader_takes_over_what_one_failed(open_ledger, claims_on):
     ledger.fail(claim("de").claim_id, now_s=0.0)
     while ledger.landed_prefix() < 4:
         claim.landed("pe")
-    assert ledger.settled
+    assert settled(ledger)
 
 
 @pytest.mark.parametrize("good_pages", [-1, 5])
@@ -79,14 +79,14 @@ def test_a_read_settles_when_all_pages_landed(open_ledger, claims_on):
     ledger = open_ledger(2)
     claim = claims_on(ledger)
     claim.landed("de")
-    assert not ledger.settled
+    assert not settled(ledger)
     claim.landed("pe")
-    assert ledger.settled
+    assert settled(ledger)
 
 
 def test_an_empty_read_is_settled(open_ledger, reserve, empty_ledger):
     ledger = empty_ledger(0)
-    assert (ledger.settled, ledger.landed_prefix(), ledger.join("pe", LOCAL, local=True)) == (True, 0, False)
+    assert (settled(ledger), ledger.landed_prefix(), ledger.join("pe", LOCAL, local=True)) == (True, 0, False)
 
 
 def test_leading_pages_settle_before_the_rest(ledger, claim):
@@ -101,9 +101,9 @@ def test_a_page_that_all_readers_failed_ends_the_read_before_it(empty_ledger, cl
     ledger.join("pe", LOCAL, local=True)
     claim = claims_on(ledger)
     ledger.land(claim("pe").claim_id, good_pages=2, now_s=0.0)
-    assert not ledger.settled
+    assert not settled(ledger)
     claim.landed("pe")
-    assert (ledger.settled, ledger.landed_prefix()) == (True, 6)
+    assert (settled(ledger), ledger.landed_prefix()) == (True, 6)
 
 
 def test_nothing_behind_a_failed_page_is_granted(empty_ledger, claims_on):
@@ -112,7 +112,7 @@ def test_nothing_behind_a_failed_page_is_granted(empty_ledger, claims_on):
     claim = claims_on(ledger)
     ledger.fail(claim("front").claim_id, now_s=0.0)
     assert claim.refused("front") == (RefusalReason.MET, False)
-    assert (ledger.settled, ledger.landed_prefix()) == (True, 0)
+    assert (settled(ledger), ledger.landed_prefix()) == (True, 0)
 
 
 def test_a_failed_page_does_not_end_the_read_before_earlier_claims_end(empty_ledger, claims_on):
@@ -121,9 +121,9 @@ def test_a_failed_page_does_not_end_the_read_before_earlier_claims_end(empty_led
     claim = claims_on(ledger)
     late, early = claim("pe"), claim("pe")
     ledger.fail(late.claim_id, now_s=0.0)
-    assert not ledger.settled
+    assert not settled(ledger)
     ledger.land(early.claim_id, now_s=0.0)
-    assert (ledger.settled, ledger.landed_prefix()) == (True, 4)
+    assert (settled(ledger), ledger.landed_prefix()) == (True, 4)
 
 
 def test_a_reader_that_joins_in_time_revives_a_failed_page(empty_ledger, claims_on):
@@ -132,7 +132,7 @@ def test_a_reader_that_joins_in_time_revives_a_failed_page(empty_ledger, claims_
     claim = claims_on(ledger)
     ledger.fail(claim("pe").claim_id, now_s=0.0)
     assert ledger.join("de", REMOTE)
-    assert not ledger.settled
+    assert not settled(ledger)
     assert claim.landed("de").pages == 4
 
 
@@ -141,7 +141,7 @@ def test_nobody_joins_once_the_read_was_said_to_have_settled_short(empty_ledger,
     ledger.join("pe", LOCAL, local=True)
     claim = claims_on(ledger)
     ledger.fail(claim("pe").claim_id, now_s=0.0)
-    assert ledger.settled
+    assert settled(ledger)
     assert not ledger.join("de", REMOTE)
     assert claim.refused("pe") == (RefusalReason.MET, False)
 
@@ -152,7 +152,7 @@ def test_a_reader_told_to_stop_is_not_waited_for(open_ledger, claims_on):
     grant = claim("pe")
     claim.refused("de")
     ledger.fail(grant.claim_id, now_s=0.0)
-    assert ledger.settled
+    assert settled(ledger)
 
 
 def test_a_reader_told_to_stop_that_asks_again_in_time_helps(open_ledger, claims_on):
@@ -166,4 +166,4 @@ def test_a_reader_told_to_stop_that_asks_again_in_time_helps(open_ledger, claims
 
 
 def test_without_readers_a_read_has_settled(empty_ledger):
-    assert empty_ledger().settled
+    assert settled(empty_ledger())

@@ -135,3 +135,29 @@ def test_attention_of_another_kind_goes_to_the_original(options):
     attention.wrap_extend(lambda *_args, **_options: calls.append("extend"))(None, *tensors, None, **options)
     attention.wrap_decode(lambda *_args, **_options: calls.append("decode"))(None, *tensors[:7], None, **options)
     assert calls == ["extend", "decode"]
+
+
+def test_runs_of_consecutive_slots_are_found():
+    tokens = torch.tensor([7, 8, 9, 64, 65, 3], dtype=torch.int32)
+    assert attention._runs(tokens) == [(7, 10), (64, 66), (3, 4)]
+    assert attention._runs(tokens[:1]) == [(7, 8)]
+    assert attention._runs(torch.arange(0, 4 * attention.MOST_RUNS, 2)) == []
+
+
+@pytest.mark.parametrize(GEOMETRY, [GQA, MHA, ABSORBED_MLA])
+@pytest.mark.parametrize("new", [1, 70])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_context_in_a_few_runs_is_attended_to_where_it_lies(heads, kv_heads, width, value_width, new, dtype):
+    cache = Cache([200], kv_heads, width, value_width)
+    tokens = torch.cat([torch.arange(128, 256), torch.arange(64, 128), torch.arange(8, 16)])
+    key_pool = torch.zeros(256, kv_heads, width, dtype=dtype)
+    value_pool = torch.zeros(256, kv_heads, value_width, dtype=dtype)
+    key, value = (plane.to(dtype) for plane in cache.of(1))
+    key_pool[tokens], value_pool[tokens] = key, value
+    query = torch.randn(new, heads, width, generator=torch.Generator().manual_seed(1)).to(dtype)
+    output = torch.full((new, heads, value_width), torch.nan, dtype=dtype)
+    requests = [(0, 200, new)]
+    attention._attend_requests(query, output, key_pool, value_pool, tokens[None], requests, None, new > 1)
+    expected = plain_attention(query, key, value, width**-0.5, 200 - new)
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype is torch.float32 else {"rtol": 0.03, "atol": 0.03}
+    torch.testing.assert_close(output.double(), expected, **tolerance)

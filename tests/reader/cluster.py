@@ -32,7 +32,8 @@ PAGE_BYTES = sum(PLANE_BYTES)
 BATCH_PAGES = 8
 
 CONFIG = DualPathConfig(
-    chunk_bytes=3 * PAGE_BYTES, lease_s=0.3, hello_silence_s=0.9, read_deadline_s=8.0, claims_in_flight=2
+    chunk_bytes=3 * PAGE_BYTES, lease_s=0.3, hello_silence_s=0.9, read_deadline_s=8.0, claims_in_flight=2,
+    reader_threads=1,  # one after the other, so that tests can say which
 )
 
 
@@ -130,6 +131,7 @@ class Engine:
         self.pool = Slots(slots)
         self.hop = Hop(name, self.pool, cluster.sessions)
         self.storage = cluster.storage
+        self.limit = ReadLimit(config.read_rate_limit_bytes_per_s)
 
     def prefetch(self, first_page: int, hashes: list[str], stored: int, room: int | None) -> Job:
         slots = self.pool.alloc(len(hashes))
@@ -173,7 +175,7 @@ class PrefillEngine(Engine):
             self.reads, policy=load_policy(policy), engine=name, session=name, metadata=about, send=self._send
         )
         cluster.wire.join(name, lambda sender, message: self.desk.handle(sender.encode(), message), self._tick)
-        self.own = OwnReaders(self.reads, count=readers, limit=ReadLimit(0))
+        self.own = OwnReaders(self.reads, count=readers, limit=self.limit)
         self.io = PrefetchThread(self.reads, self.pool, lambda job: None)
 
     def _send(self, peer: bytes, message: Message) -> bool:
@@ -209,7 +211,7 @@ class DecodeEngine(Engine):
         self.reads = DecodeReads(config=config, pages=self.pool.pages, engine=name, rank=0, send=self._send)
         cluster.wire.join(name, self.reads.handle, self._tick)
         self.carrier = HopReader(
-            self.reads, self.hop, count=readers, limit=ReadLimit(0), pusher_idle_s=cluster.pusher_idle_s
+            self.reads, self.hop, count=readers, limit=self.limit, pusher_idle_s=cluster.pusher_idle_s
         )
         self.io = PrefetchThread(self.reads, self.pool, self._inserted)
 

@@ -11,7 +11,7 @@ import pytest
 from sglang_dualpath import __version__
 from sglang_dualpath.ledger import Reserve
 from sglang_dualpath.policy import load_policy
-from sglang_dualpath.protocol import PROTOCOL_VERSION, Cancelled, Claim, Fail, Grant, Hello, Message
+from sglang_dualpath.protocol import PROTOCOL_VERSION, Bye, Cancelled, Claim, Fail, Grant, Hello, Message, Offer
 from sglang_dualpath.reader.offers import OfferDesk
 from sglang_dualpath.reader.prefetch import Prefetch
 from sglang_dualpath.reader.prefill import PrefillRead, PrefillReads
@@ -25,7 +25,7 @@ ROOM = 1
 class Desk:
     """One prefill engine and one decode engine, which the test plays."""
 
-    def __init__(self) -> None:
+    def __init__(self, policy: str = "decode") -> None:
         self.now_s = 100.0
         self.said: list[Message] = []
         self.pool = Slots(64)
@@ -33,7 +33,7 @@ class Desk:
         self.reads = PrefillReads(config=CONFIG, pages=self.pool.pages, reserve=self.reserve, clock=lambda: self.now_s)
         self.desk = OfferDesk(
             self.reads,
-            policy=load_policy("decode"),
+            policy=load_policy(policy),
             engine="prefill-1",
             session="prefill-1",
             send=lambda peer, message: self.said.append(message),
@@ -42,11 +42,11 @@ class Desk:
     def hear(self, message: Message) -> None:
         self.desk.handle(PEER, message)
 
-    def prefetch(self, pages: int = 6, *, held: int = 0) -> Prefetch:
+    def prefetch(self, pages: int = 6, *, held: int = 0, room: int = ROOM) -> Prefetch:
         """The decode engine asks about a request, whose prefetch then gets its host pages."""
         self.hear(
             Hello(
-                room=ROOM,
+                room=room,
                 version=PROTOCOL_VERSION,
                 package=__version__,
                 rank=0,
@@ -59,9 +59,9 @@ class Desk:
                 held_end_page=held,
             )
         )
-        self.reads.arrived(ROOM, "handle")
+        self.reads.arrived(room, f"handle {room}")
         return Prefetch(
-            handle="handle",
+            handle=f"handle {room}",
             first_page=0,
             stored_pages=pages - held,
             hashes=prompt("a", pages),
@@ -134,3 +134,21 @@ def test_a_decode_engine_that_gets_no_spares_does_not_hold_up_later_reads() -> N
     waiting.join(10)
     assert in_time, "it waited for a decode engine that only asks"
     assert got == [0]
+
+
+def test_the_reads_of_a_burst_go_to_both_sides_in_turn() -> None:
+    desk = Desk("shorter_queue")
+    for room in range(1, 7):
+        desk.reads.opened(desk.prefetch(room=room))  # every HELLO of the burst says that nothing is queued yet
+    assert [message.room for message in desk.said if isinstance(message, Offer)] == [2, 4, 6]
+    # Each side has three reads of six pages before it.
+    assert desk.reads.queued_read_bytes() == desk.reads.offered_read_bytes(PEER.decode()) == 18 * PAGE_BYTES
+
+
+def test_what_a_decode_engine_leaves_is_queued_here() -> None:
+    desk = Desk()
+    desk.reads.opened(desk.prefetch())
+    assert desk.reads.queued_read_bytes() == 0
+    desk.hear(Bye(ROOM, 0))
+    assert desk.reads.queued_read_bytes() == 6 * PAGE_BYTES
+    assert desk.reads.offered_read_bytes(PEER.decode()) == 0

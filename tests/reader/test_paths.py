@@ -6,7 +6,9 @@ import msgspec
 import pytest
 
 from sglang_dualpath.protocol import Claim, Decline, Done, Grant, Hello, NoOffer, NoOfferReason, Offer, Queued
+from sglang_dualpath.reader import prefill as prefill_reads
 from tests.reader.cluster import CONFIG, PAGE_BYTES, Cluster, prompt, wait_for
+from tests.reader.host import WAIT_S
 from tests.reader.watching import Watching
 
 PAGES = 40
@@ -317,16 +319,18 @@ def test_the_decode_engine_asks_for_no_more_than_its_bounds(cluster: Cluster) ->
     cluster.check()
 
 
-def test_pages_in_decode_memory_lengthen_a_hit(cluster: Cluster) -> None:
+def test_pages_in_decode_memory_lengthen_a_hit(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     prefill, decode = cluster.prefill(), cluster.decode()
     prefill.reads.arrived(1, "handle")
     assert prefill.reads.held_pages("other", 3, 9) == 0
     assert prefill.reads.held_pages("handle", 9, 9) == 0
     assert prefill.reads.held_pages("handle", 3, 9) == 0  # no HELLO within the moment that is waited
+    monkeypatch.setattr(prefill_reads, "_HELLO_GRACE_S", WAIT_S)
+    cluster.wire.delay_s = 0.1  # so that it comes while the hit query waits for it
     decode.request(1, prompt("a", 8), prefill.name, held=8)
-    assert prefill.reads.held_pages("handle", 3, 9) in (0, 8)
-    wait_for(lambda: cluster.wire.sent(Hello))
-    wait_for(lambda: prefill.reads.held_pages("handle", 3, 9) == 8)
+    assert prefill.reads.held_pages("handle", 3, 9) == 8
+    monkeypatch.setattr(prefill_reads, "_HELLO_GRACE_S", 0.0)
+    assert prefill.reads.held_pages("handle", 3, 9) == 8  # at once: it is known by now
     prefill.reads.gone("handle")
     decode.settle(1)
     cluster.check()

@@ -89,7 +89,20 @@ def test_readers_side_by_side_have_the_rate_of_their_nic() -> None:
 def test_a_read_limit_spaces_reads() -> None:
     now = 0.0
     limit = ReadLimit(100.0, clock=lambda: now)
-    assert [limit.delay_s(50), limit.delay_s(50), limit.delay_s(50)] == [0.0, 0.5, 1.0]
+    assert limit.delay_s() == 0.0
+    limit.spend(50)
+    assert limit.delay_s() == 0.5
+    limit.spend(50)
+    assert limit.delay_s() == 1.0
+    now = 0.75
+    assert limit.delay_s() == 0.25
     now = 10.0
-    assert limit.delay_s(50) == 0.0
-    assert ReadLimit(0).delay_s(10**9) == 0.0
+    assert limit.delay_s() == 0.0
+    limit.spend(50)
+    assert limit.delay_s() == 0.5, "time without reads is saved up"
+
+
+def test_without_a_read_limit_nothing_waits() -> None:
+    limit = ReadLimit(0, clock=lambda: 0.0)
+    limit.spend(10**9)
+    assert limit.delay_s() == 0.0

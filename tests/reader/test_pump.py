@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import msgspec
+import pytest
 import torch
 
 from sglang_dualpath.protocol import Grant, Offer, Plane, Target
@@ -112,11 +113,24 @@ def test_a_chunk_is_a_small_part_of_a_lease_at_the_measured_rate() -> None:
     rate = Rate()
     rate.add(10_000, 1.0)
     pump = ClaimPump(CONFIG)
-    assert pump.claim_pages(OFFER, rate, page_bytes=100) == 8
+    assert pump.claim_pages(OFFER, rate, page_bytes=100) == 16
     assert pump.claim_pages(OFFER, rate, page_bytes=10**6) == 1
     rate.add(10**9, 0.1)
     assert pump.claim_pages(OFFER, rate, page_bytes=100) == 50
 
 
-def test_an_offer_without_a_lease_stops_nothing() -> None:
-    assert ClaimPump(CONFIG).claim_pages(msgspec.structs.replace(OFFER, lease_s=0.0), Rate(), page_bytes=100) >= 1
+def test_a_chunk_is_a_small_part_of_a_lease_at_the_limit_if_that_is_less() -> None:
+    pump = ClaimPump(msgspec.structs.replace(CONFIG, read_rate_limit_bytes_per_s=10_000))
+    rate = Rate()
+    assert pump.claim_pages(OFFER, rate, page_bytes=100) == 16, "before the first measurement"
+    rate.add(10**9, 0.1)
+    assert pump.claim_pages(OFFER, rate, page_bytes=100) == 16
+    slow = Rate()
+    slow.add(5_000, 1.0)
+    assert pump.claim_pages(OFFER, slow, page_bytes=100) == 8
+
+
+@pytest.mark.parametrize("limit", [0, 100])
+def test_an_offer_without_a_lease_stops_nothing(limit: int) -> None:
+    config = msgspec.structs.replace(CONFIG, read_rate_limit_bytes_per_s=limit)
+    assert ClaimPump(config).claim_pages(msgspec.structs.replace(OFFER, lease_s=0.0), Rate(), page_bytes=100) >= 1

@@ -8,7 +8,7 @@ attends to the keys up to its own end, under a causal mask aligned to the lower 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ BACKEND_MODULE = "sglang.srt.layers.attention.torch_native_backend"
 # Bounds the scores of one block to heads x 256 x context, and skips the keys after the block: 67 MB for 8 heads
 # over 8,000 tokens in fp32.
 QUERY_BLOCK_TOKENS = 256
+# A pool that is not crowded gives a request two or three runs: the prefix that was loaded, what was new, the last page.
+MOST_RUNS = 8
 
 
 def attend(
@@ -39,6 +41,7 @@ def attend(
         ``[queries, heads, value_width]`` in the dtype of the query.
     """
     queries, heads, width = query.shape
+    scaling = width**-0.5 if scaling is None else scaling
     keys, kv_heads, value_width = value.shape
     groups = heads // kv_heads
     # The query heads that share a KV head become further rows of that head, which spares copies of the keys.
@@ -50,18 +53,79 @@ def attend(
         end = min(start + QUERY_BLOCK_TOKENS, queries)
         block = rows[:, :, start:end].reshape(kv_heads, groups * (end - start), width)
         seen = keys - queries + end if causal else keys
-        mask = _lower_right_mask(end - start, seen).repeat(groups, 1) if causal and end - start > 1 else None
-        result = scaled_dot_product_attention(
-            block.unsqueeze(0), key[None, :, :seen], value[None, :, :seen], attn_mask=mask, scale=scaling
-        )
+        hidden = _hidden(end - start, groups) if causal and end - start > 1 else None
+        result = _attend_block(block, key[:, :seen], value[:, :seen], hidden, scaling)
         result = result.view(kv_heads, groups, end - start, value_width).permute(2, 0, 1, 3)
         output[start:end] = result.reshape(end - start, heads, value_width)
     return output
 
 
-def _lower_right_mask(queries: int, keys: int) -> torch.Tensor:
-    """``[queries, keys]``: True where the key is not after the query, the last of both being the same position."""
-    return torch.ones(queries, keys, dtype=torch.bool).tril(diagonal=keys - queries)
+def _hidden(queries: int, groups: int) -> torch.Tensor:
+    """``[groups * queries, queries]``: True where a query must not see a key, of the last ``queries`` keys."""
+    return torch.ones(queries, queries, dtype=torch.bool).triu(diagonal=1).repeat(groups, 1)
+
+
+def _attend_block(
+    rows: torch.Tensor, key: torch.Tensor, value: torch.Tensor, hidden: torch.Tensor | None, scaling: float
+) -> torch.Tensor:
+    """Attention of ``rows [kv_heads, rows, width]`` over all keys, without those of the last that are ``hidden``.
+
+    torch's fused kernel is the faster one for blocks in fp32. Over 7,000 keys on one core it took 8 times as long as
+    two products for a single query, and twice as long for a block in bf16.
+    """
+    if rows.shape[1] > 1 and rows.dtype == torch.float32:
+        mask = None
+        if hidden is not None:
+            mask = torch.ones(rows.shape[1], key.shape[1], dtype=torch.bool)
+            mask[:, key.shape[1] - hidden.shape[1] :] = ~hidden
+        return scaled_dot_product_attention(rows[None], key[None], value[None], attn_mask=mask, scale=scaling)[0]
+    return _products(rows, [key], [value], hidden, scaling)
+
+
+def _products(
+    rows: torch.Tensor,
+    keys: Sequence[torch.Tensor],
+    values: Sequence[torch.Tensor],
+    hidden: torch.Tensor | None,
+    scaling: float,
+) -> torch.Tensor:
+    """Attention of ``rows [kv_heads, rows, width]`` over keys that come in parts ``[kv_heads, part, width]``."""
+    queries = (rows * scaling).transpose(1, 2)
+    # Keys first: this product is twice as fast as the one that gives queries first.
+    scores = torch.cat([torch.bmm(key, queries) for key in keys], dim=1)
+    if hidden is not None:
+        scores[:, scores.shape[1] - hidden.shape[1] :].masked_fill_(hidden.T, float("-inf"))
+    weights = scores.softmax(dim=1).transpose(1, 2).split([value.shape[1] for value in values], dim=2)
+    parts = [torch.bmm(weight, value) for weight, value in zip(weights, values, strict=True)]
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(dim=0)
+
+
+def attend_runs(
+    query: torch.Tensor,
+    keys: Sequence[torch.Tensor],
+    values: Sequence[torch.Tensor],
+    *,
+    scaling: float | None,
+    causal: bool,
+) -> torch.Tensor:
+    """The same as ``attend`` for one block of queries, over keys and values that come in parts, in order.
+
+    Parts are views of the pool: gathering a context of 7,000 tokens takes as long as attending to it.
+    """
+    queries, heads, width = query.shape
+    kv_heads, value_width = values[0].shape[1:]
+    groups = heads // kv_heads
+    rows = query.view(queries, kv_heads, groups, width).permute(1, 2, 0, 3).reshape(kv_heads, groups * queries, width)
+    hidden = _hidden(queries, groups) if causal and queries > 1 else None
+    result = _products(
+        rows,
+        [key.to(query.dtype).transpose(0, 1) for key in keys],
+        [value.to(query.dtype).transpose(0, 1) for value in values],
+        hidden,
+        width**-0.5 if scaling is None else scaling,
+    )
+    result = result.view(kv_heads, groups, queries, value_width).permute(2, 0, 1, 3)
+    return result.reshape(queries, heads, value_width)
 
 
 def _is_plain(options: dict[str, Any], encoder_lens: object) -> bool:
@@ -83,10 +147,28 @@ def _attend_requests(
     start = 0
     for request, context, new in requests:
         tokens = req_to_token[request, :context]
-        output[start : start + new] = attend(
-            query[start : start + new], k_cache[tokens], v_cache[tokens], scaling=scaling, causal=causal
-        )
+        rows = query[start : start + new]
+        one_block = new == 1 or (new <= QUERY_BLOCK_TOKENS and query.dtype != torch.float32)
+        runs = _runs(tokens) if one_block else []
+        if runs:
+            keys, values = [k_cache[first:end] for first, end in runs], [v_cache[first:end] for first, end in runs]
+            result = attend_runs(rows, keys, values, scaling=scaling, causal=causal)
+        else:
+            # Some six times as fast as k_cache[tokens].
+            key, value = k_cache.index_select(0, tokens), v_cache.index_select(0, tokens)
+            result = attend(rows, key, value, scaling=scaling, causal=causal)
+        output[start : start + new] = result
         start += new
+
+
+def _runs(tokens: torch.Tensor) -> list[tuple[int, int]]:
+    """Runs ``first .. end`` of consecutive slots that a context lies in; none if they are many."""
+    breaks = (tokens.diff() != 1).nonzero().flatten()
+    if len(breaks) >= MOST_RUNS:
+        return []
+    firsts = [0, *(breaks + 1).tolist()]
+    lengths = [after - first for first, after in zip(firsts, [*firsts[1:], len(tokens)], strict=True)]
+    return [(slot, slot + length) for slot, length in zip(tokens[firsts].tolist(), lengths, strict=True)]
 
 
 def wrap_extend(original: Any) -> Any:

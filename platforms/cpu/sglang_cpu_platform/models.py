@@ -48,6 +48,8 @@ class Geometry:
     layers: int
     kv_heads: int
     head_width: int
+    queries_per_kv_head: int = 2
+    """Query heads that share a KV head, 1 being plain multi-head attention. MLA has ``MLA_HEADS`` always."""
 
     @property
     def layer_kv_bytes(self) -> int:
@@ -104,7 +106,7 @@ def _common_config(geometry: Geometry, hidden: int) -> dict[str, Any]:
 
 
 def _gqa_config(geometry: Geometry) -> dict[str, Any]:
-    heads = 2 * geometry.kv_heads
+    heads = geometry.queries_per_kv_head * geometry.kv_heads
     return _common_config(geometry, hidden=256) | {
         "architectures": ["Qwen3ForCausalLM"],
         "attention_bias": False,

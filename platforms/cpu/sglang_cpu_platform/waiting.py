@@ -8,8 +8,9 @@ from typing import Any
 
 from sglang_cpu_platform.hooks import wrap
 
-# A hundredth of what a small step of a model takes on one core, and long against a turn of the scheduler's loop.
-NAP_S = 0.001
+# Long against a turn of the scheduler's loop, of which two servers else take more than a core (seen with 1 ms), and
+# short against what they wait for: a page of 1 MiB takes 42 ms on a link of 200 Mbit/s.
+NAP_S = 0.005
 
 
 def napping(original: Any) -> Any:
