@@ -114,15 +114,16 @@ class HopReader:
 
     def push(self, session: str, chunk: Chunk) -> None:
         """Push one chunk and say its last word."""
+        problem = self._chunks.refused_push(chunk)
+        if problem is not None:
+            self._chunks.pushed(chunk, problem)
+            return
         try:
-            problem = self._chunks.refused_push(chunk)
             source = self._chunks.source_slots(chunk)[: chunk.good_pages]
             peer = _peer(chunk)
         except Exception as fault:
             logger.exception("No push to %s.", session)
-            problem = f"{type(fault).__name__} before the push"
-        if problem is not None:
-            self._chunks.pushed(chunk, problem)
+            self._chunks.pushed(chunk, f"{type(fault).__name__} before the push")
             return
         started = time.monotonic()
         try:

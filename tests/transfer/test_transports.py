@@ -160,7 +160,7 @@ def test_mooncake_drains_as_long_as_its_own_timeout_asks(
 
 
 def test_planes_side_by_side_are_one_region_that_ends_with_their_last_page() -> None:
-    # K and V of a page next to each other, as one layout has it.
+    # K and V of a page next to each other: no layout that is served has it so, but geometry allows it.
     planes = (PlaneGeometry(100, 20, 10), PlaneGeometry(110, 20, 10))
     assert PoolGeometry(planes, 4).regions() == [(100, 80)]
     assert PoolGeometry((PlaneGeometry(100, 20, 10), PlaneGeometry(500, 10, 10)), 4).regions() == [(100, 70), (500, 40)]
