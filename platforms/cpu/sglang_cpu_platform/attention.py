@@ -95,7 +95,7 @@ def _products(
     scores = torch.cat([torch.bmm(key, queries) for key in keys], dim=1)
     if hidden is not None:
         scores[:, scores.shape[1] - hidden.shape[1] :].masked_fill_(hidden.T, float("-inf"))
-    weights = scores.softmax(dim=1).transpose(1, 2).split([value.shape[1] for value in values], dim=2)
+    weights = torch.split(scores.softmax(dim=1).transpose(1, 2), [value.shape[1] for value in values], dim=2)
     parts = [torch.bmm(weight, value) for weight, value in zip(weights, values, strict=True)]
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum(dim=0)
 
