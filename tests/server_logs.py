@@ -40,13 +40,16 @@ class ServerLogs:
     def pytest_runtest_logstart(self) -> None:
         self._sizes = {path: path.stat().st_size for path in self._directory.rglob("*.log")}
 
+    def note(self, what: str) -> None:
+        """Show the errors since the test's start at the end of the run, under ``what``."""
+        self._found += [f"LOG of {what}:", *self.since_start()]
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed and "e2e" in report.keywords:
-            self._found.append(f"LOG of {report.nodeid}, {report.when}:")
-            self._found += self.since_start()
+            self.note(f"{report.nodeid}, {report.when}")
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if self._found:
-            terminalreporter.section("errors in the servers' logs while a test failed")
+            terminalreporter.section("errors in the servers' logs")
             for line in self._found:
                 terminalreporter.line(line)
