@@ -1,4 +1,4 @@
-"""For all tests: hypothesis profiles, and an audit that no test is skipped unnoticed."""
+"""For all tests: hypothesis profiles, an audit that no test is skipped unnoticed, servers' errors with failed tests."""
 
 import os
 from pathlib import Path
@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.server_logs import ServerLogs
+
 ALLOWED_SKIPS = Path(__file__).with_name("allowed_skips.txt")
+LOGS = Path(__file__).resolve().parents[1] / "out" / "e2e"
 
 # No deadline: two cores that also run servers make any time per example meaningless. The common profile finds new
 # examples each time; in CI a run must mean the same for the same commit, so there examples are derived from the test.
@@ -58,3 +61,4 @@ class SkipAudit:
 def pytest_configure(config: pytest.Config) -> None:
     allowed = allowed_skips(ALLOWED_SKIPS.read_text()) if ALLOWED_SKIPS.exists() else set()
     config.pluginmanager.register(SkipAudit(allowed), "skip-audit")
+    config.pluginmanager.register(ServerLogs(LOGS), "server-logs")

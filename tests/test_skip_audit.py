@@ -1,9 +1,11 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+REPOSITORY = Path(__file__).resolve().parents[1]
 CONFTEST = Path(__file__).with_name("conftest.py").read_text()
 SKIPPING = "import pytest\n\ndef test_runs(): pass\n\ndef test_skips(): pytest.skip('no reason')\n"
 EXPECTED_FAILURE = "import pytest\n\n@pytest.mark.xfail\ndef test_fails(): assert False\n"
@@ -18,7 +20,8 @@ def project(tmp_path):
 
 def run_pytest(project):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:cov"]
-    return subprocess.run(command, cwd=project, capture_output=True, text=True, check=False)
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    return subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False)
 
 
 def test_unlisted_skip_fails_the_run(project):

@@ -4,7 +4,7 @@
     sgl_mc_both       the same on the decode servers too: they read, keep and write back as well
     sgl_mc_default    sgl_mc with SGLang's default prefetch policy, which gives a slow read up: shown, not compared with
     dualpath:POLICY   this package on both, with a policy; +NAME=VALUE adds a flag of its, as in
-                      dualpath:split+reader-threads=2
+                      dualpath:split+reader-threads=4
     oracle            stock whose prefill server holds every hit in device memory: nothing is ever loaded
 
 All have the same pools (the oracle's prefill server a larger one), the same environment and the same idle flags.
@@ -52,7 +52,7 @@ def dualpath_flags(system: str) -> tuple[str, ...]:
     for addition in additions:
         name, equals, value = addition.partition("=")
         if not (name and equals and value):
-            raise UnknownSystemError(f"{system!r}: what follows + must be NAME=VALUE, as in +reader-threads=2.")
+            raise UnknownSystemError(f"{system!r}: what follows + must be NAME=VALUE, as in +reader-threads=4.")
         flags += [f"--dualpath-{name}", value]
     return tuple(flags)
 

@@ -117,8 +117,9 @@ class Processes:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                # A Ctrl-C at the terminal reaches us alone, and we end them in order. A group, not a session: Linux
-                # schedules sessions as groups with equal shares of the cores, whatever their threads' nice values.
+                # A Ctrl-C at the terminal reaches us alone, and we end them in order. A group, not a session: with
+                # autogroups (most distributions' default) Linux gives each session an equal share of the cores,
+                # whatever its threads' nice values.
                 process_group=0,
             )
         process = Process(name, tuple(command), log_path, popen, stage)

@@ -1,4 +1,4 @@
-"""The prefill engine's own readers: threads that read chunks of the oldest read that has any left."""
+"""The prefill engine's own readers: threads that read chunks of the reads whose turn it is."""
 
 from __future__ import annotations
 

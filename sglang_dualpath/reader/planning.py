@@ -28,6 +28,8 @@ class Planner:
 
     def note(self, peer: bytes, load: Hello | Done) -> None:
         """What a decode engine says of its load. ``peer`` is its engine id."""
+        if load.read_bytes_per_s:
+            self._reads.decode_rates[peer.decode("ascii")] = load.read_bytes_per_s
         self._views[peer] = EngineView(
             engine=peer.decode("ascii"),
             role=Role.DECODE,
@@ -38,6 +40,7 @@ class Planner:
 
     def forget(self, peer: bytes) -> None:
         self._views.pop(peer, None)
+        self._reads.decode_rates.pop(peer.decode("ascii"), None)
 
     def plan(self, read: PrefillRead, hello: Hello | None) -> ReadPlan:
         """Who reads ``read``; the prefill engine alone if the policy fails."""

@@ -26,6 +26,7 @@ from sglang_dualpath.protocol import MAX_GRANT_PAGES, NoOfferReason
 from sglang_dualpath.reader.pool import HostPages
 from sglang_dualpath.reader.prefetch import Prefetch, Rate
 from sglang_dualpath.reader.prefill_read import Late, PrefillRead, Room
+from sglang_dualpath.reader.turns import in_turn
 
 __all__ = ["OWN", "PrefillRead", "PrefillReads", "Room"]
 
@@ -69,6 +70,7 @@ class PrefillReads:
         self.clock = clock
         self.chunk_pages = min(MAX_GRANT_PAGES, max(1, config.chunk_bytes // pages.page_bytes))
         self.rate = Rate()
+        self.decode_rates: dict[str, float] = {}  # bytes per second from storage, by engine
         self.lock = lock or threading.Condition()
         self.rooms: OrderedDict[int, Room] = OrderedDict()
         self.reads: OrderedDict[int, PrefillRead] = OrderedDict()
@@ -267,7 +269,7 @@ class PrefillReads:
     # -- own readers ---------------------------------------------------------------------------------------------
 
     def next_own_claim(self, timeout_s: float) -> tuple[PrefillRead, Grant] | None:
-        """The next chunk for an own reader, oldest read first; waits up to ``timeout_s`` for one."""
+        """The next chunk for an own reader, of the read whose turn it is; waits up to ``timeout_s`` for one."""
         with self.lock:
             found = self._own_claim()
             if found is None and not self._stopped:
@@ -277,9 +279,7 @@ class PrefillReads:
 
     def _own_claim(self) -> tuple[PrefillRead, Grant] | None:
         now = self.clock()
-        for read in self.reads.values():
-            if read.closed or read.prefetch.is_cancelled():
-                continue
+        for read in in_turn(self.reads.values(), self.decode_rates, self.rate.bytes_per_s):
             answer = read.ledger.claim(OWN, max_pages=None, now_s=now)
             if isinstance(answer, Grant):
                 return read, answer

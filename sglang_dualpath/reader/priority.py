@@ -20,7 +20,8 @@ def give_way(by: int) -> None:
 
     Mooncake waits for a transfer by asking for its status in a loop: measured on a machine with two cores, a thread
     that reads from its store takes a whole core, whatever the link carries. On Linux a nice value belongs to a thread,
-    and is inherited from the one that starts it.
+    and is inherited from the one that starts it. A process without privileges cannot give a thread back what it
+    inherited: a pusher that a reader started then stays at the reader's.
     """
     try:
         usual = os.getpriority(os.PRIO_PROCESS, os.getpid())

@@ -10,7 +10,8 @@ from sglang_dualpath.protocol import Offer
 from sglang_dualpath.reader.decode_read import Chunk, DecodeRead
 from sglang_dualpath.reader.prefetch import Rate
 
-# With two claims in flight a chunk then ends after about a third of its lease, which leaves room for a busy machine.
+# As claims in flight share the NIC, a chunk of three (two reader threads) then ends after about half of its lease,
+# which leaves room for a busy machine.
 _LEASE_SHARE = 0.16
 # Before the first measurement: 2 MiB take 80 ms on a 200 Mbit/s link.
 _FIRST_CHUNK_BYTES = 2 << 20

@@ -70,8 +70,8 @@ class Job:
 
     def abort(self) -> None:
         """As SGLang does it: mark the operation, and free what was acknowledged of it at once."""
-        self.cancelled.set()
-        with self.pool.lock:
+        with self.pool.lock:  # the end of the transfer either sees it, with what was released, or came before it
+            self.cancelled.set()
             self.released = self.completed
             self.pool.free(self.slots()[: self.released])
 

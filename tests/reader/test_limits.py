@@ -7,10 +7,19 @@ import time
 import msgspec
 import pytest
 
-from tests.reader.cluster import CONFIG, PAGE_BYTES, Cluster, wait_for
+from tests.reader.cluster import CONFIG, PAGE_BYTES, Cluster, DecodeEngine, Job, wait_for
 
 # Leases that last while a test waits for what must not take as long.
 STILL = msgspec.structs.replace(CONFIG, read_rate_limit_bytes_per_s=1, lease_s=30.0, read_deadline_s=60.0)
+
+
+def whole_on_both_sides(cluster: Cluster, job: Job, decode: DecodeEngine) -> None:
+    """The prefill engine gets every page, and the decode engine keeps what it read, which is all."""
+    pages = len(job.hashes)
+    assert job.result() == pages
+    job.check()
+    decode.settle(1)
+    assert decode.jobs[1].kept == pages
 
 
 def pushed_pages(cluster: Cluster) -> float:
@@ -37,12 +46,7 @@ def test_the_end_of_a_prefill_read_does_not_wait_for_the_limit(cluster: Cluster,
 def test_what_waits_for_the_limit_of_prefill_can_be_claimed_by_decode(cluster: Cluster) -> None:
     prefill, decode = cluster.prefill(policy="split", config=STILL), cluster.decode()
     assert prefill.request(None, cluster.stored("first", 3)).result() == 3
-    hashes = cluster.stored("a", 12)
-    job = cluster.request(hashes)
-    assert job.result() == 12
-    job.check()
-    decode.settle(1)
-    assert decode.jobs[1].kept == 12
+    whole_on_both_sides(cluster, cluster.request(cluster.stored("a", 12)), decode)
     cluster.check()
 
 
@@ -83,11 +87,6 @@ def test_leases_outlast_the_limit(cluster: Cluster) -> None:
     config = msgspec.structs.replace(CONFIG, chunk_bytes=24 * PAGE_BYTES, lease_s=0.5, read_rate_limit_bytes_per_s=2400)
     cluster.prefill(policy="decode", config=config, reserve=64)
     decode = cluster.decode(config=config)
-    hashes = cluster.stored("a", 30)
-    job = cluster.request(hashes)
-    assert job.result() == 30
-    job.check()
-    decode.settle(1)
-    assert decode.jobs[1].kept == 30
+    whole_on_both_sides(cluster, cluster.request(cluster.stored("a", 30)), decode)
     assert cluster.fallbacks("lease_expired") == cluster.fallbacks("lease_over_unread") == 0
     cluster.check()

@@ -34,10 +34,10 @@ def main(mode: str, *words: str) -> None:
         network.up()
         about = {"fabric": network.fabric, "links": [[*key, port] for key, port in network.ports.items()]}
     state.describe(command=UP, urls={"server": "http://127.0.0.1:1"}, log_dir=str(directory), **about)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN if mode == "deaf" else signal.default_int_handler)
-    state.describe(detached="detached" in words, ready="unready" not in words)
-    print("owner is ready", flush=True)
-    try:
+    try:  # from here on: the test may end this process as soon as it has read that it is ready
+        signal.signal(signal.SIGTERM, signal.SIG_IGN if mode == "deaf" else signal.default_int_handler)
+        state.describe(detached="detached" in words, ready="unready" not in words)
+        print("owner is ready", flush=True)
         time.sleep(300)
     except KeyboardInterrupt:
         processes.close(grace_s=0.2)

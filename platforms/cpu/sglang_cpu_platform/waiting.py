@@ -8,8 +8,8 @@ from typing import Any
 
 from sglang_cpu_platform.hooks import wrap
 
-# Long against a turn of the scheduler's loop, of which two servers else take more than a core (seen with 1 ms), and
-# short against what they wait for: a page of 1 MiB takes 42 ms on a link of 200 Mbit/s.
+# Long against a turn of the scheduler's loop, so that looking takes little of a core, and short against what it waits
+# for: a page of 1 MiB takes 42 ms on a link of 200 Mbit/s.
 NAP_S = 0.005
 
 
