@@ -172,6 +172,25 @@ def test_exit_status(
     assert done.exit_code == status, done.output
 
 
+@pytest.mark.parametrize("trace", [None, "nowhere.json"])
+def test_a_result_is_judged_again_unless_its_trace_is_gone(
+    result: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trace: str | None
+) -> None:
+    monkeypatch.setattr("benchmarks.compare.plots.draw", lambda *_: ())
+    changes = {"trace": trace} if trace else {}
+    settings = msgspec.structs.replace(result.settings, **changes)
+    save(msgspec.structs.replace(result, ratios={}, settings=settings), tmp_path / "r.json")
+    done = CliRunner().invoke(app, ["--result", str(tmp_path / "r.json"), "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    assert set(load_result(tmp_path / "out" / "result.json").ratios) == (set() if trace else set(result.ratios))
+
+
+def test_systems_that_met_the_same_arrivals_are_resampled_together(made: Any) -> None:
+    waits = [40.0, 80.0, 60.0, 100.0, 20.0]
+    found = made.result({"sgl_mc": waits, "dualpath:split": [value / 2 for value in waits]})
+    assert found.ratios["dualpath:split/sgl_mc"].throughput_ci == pytest.approx((2.0, 2.0), rel=0.01)
+
+
 def test_an_invalid_run_exits_with_1(made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.compare.plots.draw", lambda *_: ())
     save(made.result({"sgl_mc": STOCK, "dualpath:split": OURS}, failed=1), tmp_path / "r.json")
