@@ -85,6 +85,7 @@ def summarise(
         checks=checks,
         repetitions=list(repetitions),
         total_s=total_s,
+        failure=failure,
     )  # fmt: skip
 
 
@@ -154,7 +155,7 @@ def _ratios(above: Sequence[Repetition], below: Sequence[Repetition]) -> Ratios:
 
     read = [[one.measured.read_mean_s for one in side if one.measured.read_mean_s is not None]
             for side in (above, below)]  # fmt: skip
-    # Repetitions with one number met the same arrivals, and the machine in the same minutes.
+    # Repetitions with one number met the same arrivals and, side by side in one run, the machine in the same minutes.
     paired = [one.number for one in above] == [one.number for one in below]
     return Ratios(
         throughput=ratio(lambda one: one.throughput_tokens_per_s),
@@ -225,6 +226,7 @@ def merge(results: Sequence[Result], workload: Workload) -> Result:
         [repetition for result in results for repetition in result.repetitions],
         sustained={name: found for result in results for name, found in result.sustained.items()},
         versions=first.versions, total_s=sum(result.total_s for result in results),
+        failure=" ".join(result.failure for result in results if result.failure) or None,
     )  # fmt: skip
 
 

@@ -121,6 +121,8 @@ def bootstrap_ratio(
     drawn together; otherwise either side is resampled on its own. The same values give the same interval. None with
     fewer than two values on a side: one says nothing about spread.
     """
+    if paired and len(above) != len(below):
+        raise ValueError(f"{len(above)} values cannot be paired with {len(below)}")
     if len(above) < 2 or len(below) < 2:
         return None
     source = np.random.default_rng(seed)

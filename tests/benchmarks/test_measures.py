@@ -91,5 +91,10 @@ def test_values_that_do_not_vary_have_an_interval_of_no_width() -> None:
     assert bootstrap_ratio([4.0, 4.0], [2.0, 2.0]) == (2.0, 2.0)
 
 
+def test_values_without_a_partner_cannot_be_paired() -> None:
+    with pytest.raises(ValueError, match="cannot be paired"):
+        bootstrap_ratio([1.0, 2.0], [1.0, 2.0, 3.0], paired=True)
+
+
 def test_one_value_has_no_interval() -> None:
     assert bootstrap_ratio([1.0], [1.0, 2.0]) is None
