@@ -170,6 +170,6 @@ def test_pages_to_read_are_in_storage_unclaimed_and_not_held(open_ledger, claims
     assert ledger.pages_to_read(None) == ledger.pages_to_read("de") == 32
     ledger.reserve_range("de", 110, 116, until_s=1.0)
     assert [ledger.pages_to_read(reader) for reader in ("de", "nobody", None)] == [26, 32, 32]
-    claimed = claims_on(ledger)("own").pages
+    claimed = claims_on(ledger)("pe").pages
     assert claimed
     assert ledger.pages_to_read("de") == 26 - claimed
