@@ -65,7 +65,7 @@ def test_nothing_is_shown_with_tests_that_pass_or_have_no_servers(log: Path, cas
 def test_a_log_begun_anew_is_read_from_its_start(log: Path) -> None:
     logs = ServerLogs(log.parents[1])
     logs.pytest_runtest_logstart()
-    log.write_text("ERROR new\n")
+    log.write_text("ERROR new\n" + "longer than before\n" * 9)
     assert logs.since_start() == ["LOG faults/prefill: ERROR new"]
 
 

@@ -61,7 +61,7 @@ def compare(
         console = Console(highlight=False, width=_LEAST_WIDTH)
     try:
         if result is not None:
-            measured = load_result(result)
+            measured = _judged_again(load_result(result))
         else:
             settings = _settings(
                 preset,
@@ -71,7 +71,7 @@ def compare(
             )  # fmt: skip
             measured = _measure(settings, out, console, keep_servers, router, server or [], nic or [])
         for path in merge or []:
-            measured = _merged(measured, load_result(path))
+            measured = _merged([measured, load_result(path)])
         compared_with = None if baseline is None else load_result(baseline)
     except (TestbedError, TraceError, ResultError, UnknownSystemError, typer.BadParameter) as error:
         console.print(f"[red]compare: {escape(str(error))}")
@@ -134,12 +134,22 @@ def _pairs(words: list[str], option: str) -> dict[str, str]:
     return found
 
 
-def _merged(measured: Result, other: Result) -> Result:
+def _judged_again(measured: Result) -> Result:
+    """Ratios and checks as this version computes them; as they are where the trace is not at hand."""
+    try:
+        return _merged([measured])
+    except TraceError:
+        return measured
+
+
+def _merged(results: list[Result]) -> Result:
     from benchmarks.compare.runner import workload_of
     from benchmarks.compare.summary import merge
 
     try:
-        return merge([measured, other], workload_of(measured.settings))
+        return merge(results, workload_of(results[0].settings))
+    except TraceError:
+        raise
     except ValueError as error:
         raise ResultError(f"These results cannot be joined: {error}") from error
 

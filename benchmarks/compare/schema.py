@@ -173,6 +173,8 @@ class Result(msgspec.Struct):
     checks: list[Check]
     repetitions: list[Repetition]
     total_s: float = 0.0
+    failure: str | None = None
+    """What ended the run early."""
 
 
 class ResultError(ValueError):

@@ -85,6 +85,7 @@ def summarise(
         checks=checks,
         repetitions=list(repetitions),
         total_s=total_s,
+        failure=failure,
     )  # fmt: skip
 
 
@@ -154,17 +155,23 @@ def _ratios(above: Sequence[Repetition], below: Sequence[Repetition]) -> Ratios:
 
     read = [[one.measured.read_mean_s for one in side if one.measured.read_mean_s is not None]
             for side in (above, below)]  # fmt: skip
+    # Repetitions with one number met the same arrivals and, side by side in one run, the machine in the same minutes.
+    paired = [one.number for one in above] == [one.number for one in below]
     return Ratios(
         throughput=ratio(lambda one: one.throughput_tokens_per_s),
-        throughput_ci=bootstrap_ratio(_throughputs(above), _throughputs(below)),
+        throughput_ci=bootstrap_ratio(_throughputs(above), _throughputs(below), paired=paired),
         jct=ratio(lambda one: one.jct_s),
         read_p50=ratio(lambda one: one.read_p50_s),
         read_mean=ratio(lambda one: one.read_mean_s),
-        read_mean_ci=bootstrap_ratio(read[0], read[1]) if all(read[1]) else None,
+        read_mean_ci=_read_ci(read[0], read[1], paired=paired and len(above) == len(read[0]) == len(read[1])),
         ttft_p50=ratio(lambda one: one.ttft_p50_s),
         ttft_p99=ratio(lambda one: one.ttft_p99_s),
         tpot_p50=ratio(lambda one: one.tpot_p50_s),
     )
+
+
+def _read_ci(above: Sequence[float], below: Sequence[float], *, paired: bool) -> tuple[float, float] | None:
+    return bootstrap_ratio(above, below, paired=paired) if all(below) else None
 
 
 def _throughputs(group: Sequence[Repetition]) -> list[float]:
@@ -219,6 +226,7 @@ def merge(results: Sequence[Result], workload: Workload) -> Result:
         [repetition for result in results for repetition in result.repetitions],
         sustained={name: found for result in results for name, found in result.sustained.items()},
         versions=first.versions, total_s=sum(result.total_s for result in results),
+        failure=" ".join(result.failure for result in results if result.failure) or None,
     )  # fmt: skip
 
 

@@ -107,17 +107,29 @@ def ratio_of_medians(above: Sequence[float | None], below: Sequence[float | None
 
 
 def bootstrap_ratio(
-    above: Sequence[float], below: Sequence[float], *, confidence: float = 0.95, resamples: int = 20_000, seed: int = 1
+    above: Sequence[float],
+    below: Sequence[float],
+    *,
+    paired: bool = False,
+    confidence: float = 0.95,
+    resamples: int = 20_000,
+    seed: int = 1,
 ) -> tuple[float, float] | None:
-    """Percentile bootstrap interval of median(above) / median(below), both resampled on their own.
+    """Percentile bootstrap interval of median(above) / median(below).
 
-    The same values give the same interval. None with fewer than two values on a side: one says nothing about spread.
+    With ``paired`` the values at one place belong together, as those of two systems that met the same arrivals, and are
+    drawn together; otherwise either side is resampled on its own. The same values give the same interval. None with
+    fewer than two values on a side: one says nothing about spread.
     """
+    if paired and len(above) != len(below):
+        raise ValueError(f"{len(above)} values cannot be paired with {len(below)}")
     if len(above) < 2 or len(below) < 2:
         return None
     source = np.random.default_rng(seed)
-    top = np.median(source.choice(np.asarray(above, dtype=float), (resamples, len(above))), axis=1)
-    bottom = np.median(source.choice(np.asarray(below, dtype=float), (resamples, len(below))), axis=1)
+    drawn = source.integers(len(above), size=(resamples, len(above)))
+    drawn_below = drawn if paired else source.integers(len(below), size=(resamples, len(below)))
+    top = np.median(np.asarray(above, dtype=float)[drawn], axis=1)
+    bottom = np.median(np.asarray(below, dtype=float)[drawn_below], axis=1)
     tail = 50 * (1 - confidence)
     low, high = np.percentile(top / bottom, [tail, 100 - tail])
     return float(low), float(high)

@@ -100,7 +100,7 @@ class Processes:
         namespace: str | None = None,
         stage: str = "",
     ) -> Process:
-        """Start a command in a session of its own, in a network namespace if one is named.
+        """Start a command in a process group of its own, in a network namespace if one is named.
 
         Its output goes to NAME.log. Neighbours of the same `stage` are ended together. `env` replaces the whole
         environment. The namespace is entered by `nsenter --net`, which unlike `ip netns exec` leaves the mounts alone:

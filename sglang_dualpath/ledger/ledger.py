@@ -350,6 +350,12 @@ class Ledger:
             return self.end_page, self.end_page
         return self._unclaimed.lowest[0], self._unclaimed.highest[1]
 
+    def pages_to_read(self, reader: str | None) -> int:
+        """Unclaimed pages that are in storage and that `reader` (None: nobody) does not hold in memory."""
+        left = self._unclaimed.common(self._storage)
+        known = self._readers.get(reader) if reader is not None else None
+        return len(left if known is None else left.minus(known.held))
+
     def open_grants(self) -> tuple[Grant, ...]:
         """The open claims, oldest first."""
         return tuple(self._open.values())

@@ -28,10 +28,11 @@ class Planner:
 
     def note(self, peer: bytes, load: Hello | Done) -> None:
         """What a decode engine says of its load. ``peer`` is its engine id."""
+        engine = peer.decode("ascii")
         if load.read_bytes_per_s:
-            self._reads.decode_rates[peer.decode("ascii")] = load.read_bytes_per_s
+            self._reads.decode_rates[engine] = load.read_bytes_per_s
         self._views[peer] = EngineView(
-            engine=peer.decode("ascii"),
+            engine=engine,
             role=Role.DECODE,
             queued_read_bytes=load.queued_read_bytes,
             read_bytes_per_s=load.read_bytes_per_s,
@@ -40,7 +41,7 @@ class Planner:
 
     def forget(self, peer: bytes) -> None:
         self._views.pop(peer, None)
-        self._reads.decode_rates.pop(peer.decode("ascii"), None)
+        self._reads.decode_rates.pop(peer.decode("ascii", "replace"), None)  # a peer that is no engine, too
 
     def plan(self, read: PrefillRead, hello: Hello | None) -> ReadPlan:
         """Who reads ``read``; the prefill engine alone if the policy fails."""

@@ -9,32 +9,46 @@ from sglang_dualpath.reader.prefill_read import PrefillRead
 
 
 def in_turn(reads: Iterable[PrefillRead], rates: Mapping[str, float], own_rate: float | None) -> list[PrefillRead]:
-    """Open reads, the one first that the prefill engine should help next.
+    """Open reads with anything unclaimed, the one first that the prefill engine should help next.
 
-    That is the oldest, as SGLang ends prefetches in their order. But where several decode engines read, one that is
-    always helped first runs dry first, and its NIC idles while others have much left. So another's reads come first
-    when what the others will have left at that moment is as much as this engine reads until then: from there on its
-    help, given to them alone, lets all end together.
+    That is the oldest, as SGLang ends prefetches in their order. But where several decode engines read, or none reads
+    some, the one that is always helped first runs dry first, and its NIC idles while others have much left. So reads
+    of a decode engine that ends its own before all can have ended come last. That ends the last read as early as can
+    be, at the price of the oldest, which all behind it wait for: NICs that work count more than the mean time of a
+    few reads.
+
+    Work that a decode engine has for other prefill engines is not known here, and not counted.
 
     Args:
         reads: oldest first.
         rates: bytes per second that a decode engine reads; one that is not in it reads as fast as this engine.
         own_rate: bytes per second that this engine reads, None before the first read.
     """
-    able = [read for read in reads if not read.closed and not read.prefetch.is_cancelled()]
-    left: Counter[str] = Counter()
+    able = [read for read in reads if not read.closed and read.ledger.span_left[0] < read.ledger.end_page]
+    able = [read for read in able if not read.prefetch.is_cancelled()]
+    if len({read.decode for read in able}) < 2:
+        return able
+    left: Counter[str | None] = Counter()
     for read in able:
-        if read.decode is not None:
-            first, end = read.ledger.span_left
-            left[read.decode] += end - first
-    head = next((read for read in able if read.ledger.span_left[0] < read.ledger.end_page), None)
-    if head is None or head.decode is None or len(left) < 2:
-        return able
+        left[read.decode] += read.ledger.pages_to_read(read.decode)
+    # What nobody else reads is this engine's anyway.
+    alone = left.pop(None, 0)
     # Relative to this engine's rate: pages that a decode engine reads in the time of one of this engine's.
-    speed = {engine: rates[engine] / own_rate if own_rate and rates.get(engine) else 1.0 for engine in left}
-    dry_after = left[head.decode] / speed[head.decode]
-    others = {engine: pages - speed[engine] * dry_after for engine, pages in left.items() if engine != head.decode}
-    if sum(max(0.0, pages) for pages in others.values()) < dry_after:
-        return able
-    behind = max(others, key=lambda engine: others[engine] / speed[engine])
-    return [read for read in able if read.decode == behind] + [read for read in able if read.decode != behind]
+    speed = {engine: (rates.get(engine or "", 0.0) / own_rate if own_rate else 0.0) or 1.0 for engine in left}
+    by_itself = {engine: pages / speed[engine] for engine, pages in left.items()}
+    ends = _all_ends(alone, [(left[engine], speed[engine]) for engine in sorted(left, key=lambda e: -by_itself[e])])
+    early = {engine for engine, dry in by_itself.items() if dry <= ends}
+    return [read for read in able if read.decode not in early] + [read for read in able if read.decode in early]
+
+
+def _all_ends(alone: float, left: Iterable[tuple[float, float]]) -> float:
+    """When all can have ended: ``alone`` pages at speed 1, which also helps with ``left``, pages and speed of others.
+
+    The earliest T for which ``alone`` and what the others have not read by then are no more than T. The others come
+    with the one first that takes longest by itself: those it needs help for are some of the first.
+    """
+    pages, speed, ends = alone, 1.0, alone
+    for more, faster in left:
+        pages, speed = pages + more, speed + faster
+        ends = max(ends, pages / speed)
+    return ends

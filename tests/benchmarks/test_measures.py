@@ -62,6 +62,26 @@ def test_the_interval_holds_the_true_ratio_about_as_often_as_it_says() -> None:
     assert inside >= 85
 
 
+@pytest.mark.parametrize("paired", [False, True])
+def test_what_both_sides_share_widens_the_interval_of_unpaired_values_alone(paired: bool) -> None:
+    shared = [1.0, 2.0, 3.0, 4.0, 5.0]
+    interval = bootstrap_ratio([2 * value for value in shared], shared, paired=paired)
+    assert interval is not None
+    assert (interval[0] == pytest.approx(interval[1]) == pytest.approx(2.0)) is paired
+
+
+def test_the_interval_of_paired_values_holds_the_true_ratio_about_as_often_as_it_says() -> None:
+    source = np.random.default_rng(8)
+    inside = 0
+    for number in range(100):
+        shared = source.normal(10.0, 3.0, 9)
+        above = 1.9 * shared + source.normal(0.0, 0.5, 9)
+        interval = bootstrap_ratio(list(above), list(shared), paired=True, resamples=2000, seed=number)
+        assert interval is not None
+        inside += interval[0] <= 1.9 <= interval[1]
+    assert inside >= 85
+
+
 def test_the_same_values_give_the_same_interval() -> None:
     values = ([2.0, 2.1, 1.9], [1.0, 1.1, 0.9])
     assert bootstrap_ratio(*values) == bootstrap_ratio(*values)
@@ -69,6 +89,11 @@ def test_the_same_values_give_the_same_interval() -> None:
 
 def test_values_that_do_not_vary_have_an_interval_of_no_width() -> None:
     assert bootstrap_ratio([4.0, 4.0], [2.0, 2.0]) == (2.0, 2.0)
+
+
+def test_values_without_a_partner_cannot_be_paired() -> None:
+    with pytest.raises(ValueError, match="cannot be paired"):
+        bootstrap_ratio([1.0, 2.0], [1.0, 2.0, 3.0], paired=True)
 
 
 def test_one_value_has_no_interval() -> None:

@@ -15,7 +15,7 @@ from benchmarks.compare.plots import draw
 from benchmarks.compare.report import markdown
 from benchmarks.compare.runner import workload_of
 from benchmarks.compare.schema import ResultError, Sustained, Trial, load_result, save
-from benchmarks.compare.summary import merge
+from benchmarks.compare.summary import merge, summarise
 
 STOCK = [100.0, 102.0, 98.0, 101.0, 99.0]
 OURS = [51.0, 52.0, 50.0, 51.5, 50.5]
@@ -170,6 +170,40 @@ def test_exit_status(
     save(made.result({"sgl_mc": STOCK, "dualpath:split": [value / 1.5 for value in OURS]}), tmp_path / "better.json")
     done = CliRunner().invoke(app, ["--result", "same.json", "--out", "out", *arguments])
     assert done.exit_code == status, done.output
+
+
+@pytest.mark.parametrize("trace", [None, "nowhere.json"])
+def test_a_result_is_judged_again_unless_its_trace_is_gone(
+    result: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trace: str | None
+) -> None:
+    monkeypatch.setattr("benchmarks.compare.plots.draw", lambda *_: ())
+    changes = {"trace": trace} if trace else {}
+    settings = msgspec.structs.replace(result.settings, **changes)
+    save(msgspec.structs.replace(result, ratios={}, settings=settings), tmp_path / "r.json")
+    done = CliRunner().invoke(app, ["--result", str(tmp_path / "r.json"), "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    assert set(load_result(tmp_path / "out" / "result.json").ratios) == (set() if trace else set(result.ratios))
+
+
+def test_a_run_that_ended_early_stays_invalid(
+    made: Any, result: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.compare.plots.draw", lambda *_: ())
+    ended = summarise(
+        result.settings, workload_of(result.settings), result.repetitions,
+        sustained={}, versions=result.versions, total_s=1.0, failure="The run ended early: no memory.",
+    )  # fmt: skip
+    assert not ended.valid
+    save(ended, tmp_path / "r.json")
+    done = CliRunner().invoke(app, ["--result", str(tmp_path / "r.json"), "--out", str(tmp_path / "out")])
+    assert done.exit_code == 1
+    assert load_result(tmp_path / "out" / "result.json").reasons == ended.reasons
+
+
+def test_systems_that_met_the_same_arrivals_are_resampled_together(made: Any) -> None:
+    waits = [40.0, 80.0, 60.0, 100.0, 20.0]
+    found = made.result({"sgl_mc": waits, "dualpath:split": [value / 2 for value in waits]})
+    assert found.ratios["dualpath:split/sgl_mc"].throughput_ci == pytest.approx((2.0, 2.0), rel=0.01)
 
 
 def test_an_invalid_run_exits_with_1(made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,6 +44,7 @@ class Faults:
         assert cluster.store is not None
         pages = Path(cluster.store.environment["SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR"])
         self._file = pages.parent / "faults.json"
+        self.asked_again = False
         self.expected = [ask_pair(cluster, tokens) for tokens in PROMPTS]
 
     def set(self, **faults: object) -> None:
@@ -178,15 +179,19 @@ def timed_after_restart(
     """As `timed`, for the first request to a decode server started anew, once more if its transfer failed.
 
     In one of some forty restarts the prefill server's first transfer to the new server, SGLang's own, failed at once.
-    The cause is not known; no read of ours had failed. The run's summary then shows what the servers logged.
+    The cause is not known. The run's summary then shows what the servers logged, and a second time in one run fails.
+    Both tries count as one, in time, too.
     """
+    start = time.monotonic()
     try:
         return timed(faults, tokens)
     except RequestError as error:
-        if STOCK_TRANSFER_FAILED not in str(error):
+        if STOCK_TRANSFER_FAILED not in str(error) or faults.asked_again:
             raise
+        faults.asked_again = True
         request.config.pluginmanager.get_plugin("server-logs").note(f"{request.node.nodeid}, which asked once more")
-        return timed(faults, tokens)
+        faults.cluster.flush(deadline_s=30)
+        return ask_pair(faults.cluster, tokens), time.monotonic() - start
 
 
 @pytest.mark.parametrize(("role", "reason"), [("decode", "storage_exception"), ("prefill", "storage_exception")])

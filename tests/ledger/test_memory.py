@@ -163,3 +163,13 @@ def test_a_reader_that_comes_back_must_say_again_what_it_holds(ledger, claim):
     ledger.leave("de", now_s=0.0)
     ledger.join("de", REMOTE)
     assert claim("de").source is Source.STORAGE
+
+
+def test_pages_to_read_are_in_storage_unclaimed_and_not_held(open_ledger, claims_on):
+    ledger = open_ledger(32)
+    assert ledger.pages_to_read(None) == ledger.pages_to_read("de") == 32
+    ledger.reserve_range("de", 110, 116, until_s=1.0)
+    assert [ledger.pages_to_read(reader) for reader in ("de", "nobody", None)] == [26, 32, 32]
+    claimed = claims_on(ledger)("pe").pages
+    assert claimed
+    assert ledger.pages_to_read("de") == 26 - claimed

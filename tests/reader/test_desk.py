@@ -39,25 +39,35 @@ class Desk:
             send=lambda peer, message: self.said.append(message),
         )
 
-    def hear(self, message: Message) -> None:
-        self.desk.handle(PEER, message)
+    def hear(self, message: Message, peer: bytes = PEER) -> None:
+        self.desk.handle(peer, message)
 
-    def prefetch(self, pages: int = 6, *, held: int = 0, room: int = ROOM) -> Prefetch:
-        """The decode engine asks about a request, whose prefetch then gets its host pages."""
+    def prefetch(
+        self,
+        pages: int = 6,
+        *,
+        held: int = 0,
+        room: int = ROOM,
+        peer: bytes = PEER,
+        read_bytes_per_s: float | None = None,
+    ) -> Prefetch:
+        """A decode engine asks about a request, whose prefetch then gets its host pages."""
         self.hear(
             Hello(
                 room=room,
                 version=PROTOCOL_VERSION,
                 package=__version__,
                 rank=0,
-                engine=PEER.decode(),
+                engine=peer.decode(),
                 page_tokens=PAGE_TOKENS,
                 page_bytes=PAGE_BYTES,
                 plane_bytes=PLANE_BYTES,
                 tp_size=1,
                 match_pages=held,
                 held_end_page=held,
-            )
+                read_bytes_per_s=read_bytes_per_s,
+            ),
+            peer,
         )
         self.reads.arrived(room, f"handle {room}")
         return Prefetch(
@@ -134,6 +144,20 @@ def test_a_decode_engine_that_gets_no_spares_does_not_hold_up_later_reads() -> N
     waiting.join(10)
     assert in_time, "it waited for a decode engine that only asks"
     assert got == [0]
+
+
+def test_the_decode_engine_that_ends_last_is_helped_first_by_the_rates_it_reported() -> None:
+    desk = Desk("split")
+    for room, peer, rate in ((1, b"fast", 9e6), (2, b"slow", 1e6)):
+        prefetch = desk.prefetch(12, room=room, peer=peer, read_bytes_per_s=rate)
+        assert desk.reads.opened(prefetch) is not None
+    desk.reads.rate.add(1_000_000, 1.0)
+    claim = desk.reads.next_own_claim(0.0)
+    assert claim is not None
+    assert claim[0].decode == "slow"
+    assert set(desk.reads.decode_rates) == {"fast", "slow"}
+    desk.desk.gone(b"slow")
+    assert set(desk.reads.decode_rates) == {"fast"}
 
 
 def test_the_reads_of_a_burst_go_to_both_sides_in_turn() -> None:

@@ -1,4 +1,4 @@
-"""Which read the prefill engine helps next: the oldest, unless another decode engine would then run dry too late."""
+"""Which read the prefill engine helps next: the oldest, but those last whose decode engine ends early by itself."""
 
 from __future__ import annotations
 
@@ -54,14 +54,38 @@ def test_an_engine_that_is_far_behind_is_helped_first() -> None:
 
 def test_what_nobody_else_reads_keeps_its_turn() -> None:
     alone = read(None, 10)
-    reads = [alone, read("a", 1), read("b", 100)]
-    assert in_turn(reads, {}, None) == reads
+    soon, far = read("a", 1), read("b", 100)
+    assert in_turn([alone, soon, far], {}, None) == [alone, far, soon]
+
+
+def test_what_nobody_else_reads_is_not_overtaken_by_younger_reads() -> None:
+    near_its_end, alone, far = read("a", 10), read(None, 20), read("b", 30)
+    assert in_turn([near_its_end, alone, far], {}, None) == [alone, far, near_its_end]
+
+
+def test_an_engine_that_ends_soon_by_itself_is_not_helped_before_what_nobody_else_reads() -> None:
+    first, soon, alone = read("a", 5), read("b", 2), read(None, 10)
+    assert in_turn([first, soon, alone], {}, None) == [alone, first, soon]
+
+
+def test_what_nobody_else_reads_is_work_that_help_is_needed_for() -> None:
+    first, second = read("a", 20), read("b", 30)
+    assert in_turn([first, second], {}, None) == [first, second]
+    alone = read(None, 10)
+    assert in_turn([first, second, alone], {}, None) == [second, alone, first]
+
+
+def test_what_a_decode_engine_holds_in_memory_costs_its_nic_nothing() -> None:
+    first, second = read("a", 100), read("b", 300)
+    assert in_turn([first, second], {}, None) == [second, first]
+    assert second.ledger.reserve_range("b", 0, 280, until_s=math.inf)
+    assert in_turn([first, second], {}, None) == [first, second]
 
 
 def test_a_read_of_which_all_is_claimed_is_not_the_one_to_compare_with() -> None:
     taken, near_its_end, far = read(None, 1), read("a", 10), read("b", 100)
     assert isinstance(taken.ledger.claim(OWN, max_pages=None, now_s=0.0), Grant)
-    assert in_turn([taken, near_its_end, far], {}, None)[0] is far
+    assert in_turn([taken, near_its_end, far], {}, None) == [far, near_its_end]
 
 
 def test_reads_that_are_over_are_left_out() -> None:
@@ -93,16 +117,17 @@ def drained_after(reads: Sequence[PrefillRead], speeds: Mapping[str, int]) -> in
 
 
 @given(
-    st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 30)), min_size=1, max_size=8),
+    st.lists(st.tuples(st.sampled_from(["a", "b", "c", None]), st.integers(1, 30)), min_size=1, max_size=8),
     st.fixed_dictionaries({engine: st.integers(1, 3) for engine in "abc"}),
 )
-def test_all_ends_as_early_as_it_can(sizes: list[tuple[str, int]], speeds: dict[str, int]) -> None:
+def test_all_ends_as_early_as_it_can(sizes: list[tuple[str | None, int]], speeds: dict[str, int]) -> None:
     left = {engine: sum(pages for name, pages in sizes if name == engine) for engine in speeds}
+    alone = sum(pages for name, pages in sizes if name is None)
     # The earliest turn in which what the decode engines cannot have read is no more than what the prefill engine can.
     earliest = next(
         turns
         for turns in range(1, 1000)
-        if sum(max(0, left[engine] - speeds[engine] * turns) for engine in speeds) <= turns
+        if alone + sum(max(0, left[engine] - speeds[engine] * turns) for engine in speeds) <= turns
     )
     reads = [read(engine, pages) for engine, pages in sizes]
     # Two turns for the ends of turns, at which one page too many was claimed for the wrong engine.
