@@ -8,10 +8,20 @@ import weakref
 
 import pytest
 
-from sglang_dualpath import __version__
+from sglang_dualpath import __version__, metrics
 from sglang_dualpath.ledger import Reserve
 from sglang_dualpath.policy import load_policy
-from sglang_dualpath.protocol import PROTOCOL_VERSION, Cancelled, Claim, Fail, Grant, Hello, Message
+from sglang_dualpath.protocol import (
+    PROTOCOL_VERSION,
+    Cancelled,
+    Claim,
+    Fail,
+    Grant,
+    Hello,
+    Message,
+    NoOffer,
+    NoOfferReason,
+)
 from sglang_dualpath.reader.offers import OfferDesk
 from sglang_dualpath.reader.prefetch import Prefetch
 from sglang_dualpath.reader.prefill import PrefillRead, PrefillReads
@@ -42,23 +52,27 @@ class Desk:
     def hear(self, message: Message) -> None:
         self.desk.handle(PEER, message)
 
-    def prefetch(self, pages: int = 6, *, held: int = 0) -> Prefetch:
-        """The decode engine asks about a request, whose prefetch then gets its host pages."""
+    def greet(self, *, held: int = 0, rank: int = 0, tp_size: int = 1) -> None:
+        """The decode engine asks about a request."""
         self.hear(
             Hello(
                 room=ROOM,
                 version=PROTOCOL_VERSION,
                 package=__version__,
-                rank=0,
+                rank=rank,
                 engine=PEER.decode(),
                 page_tokens=PAGE_TOKENS,
                 page_bytes=PAGE_BYTES,
                 plane_bytes=PLANE_BYTES,
-                tp_size=1,
+                tp_size=tp_size,
                 match_pages=held,
                 held_end_page=held,
             )
         )
+
+    def prefetch(self, pages: int = 6, *, held: int = 0) -> Prefetch:
+        """The decode engine asks about a request, whose prefetch then gets its host pages."""
+        self.greet(held=held)
         self.reads.arrived(ROOM, "handle")
         return Prefetch(
             handle="handle",
@@ -76,6 +90,25 @@ class Desk:
         self.hear(Claim(ROOM, 0, 1, 3))
         (grant,) = [message for message in self.said if isinstance(message, Grant)]
         return read, grant
+
+
+@pytest.mark.parametrize(
+    ("theirs", "reason", "sentence"),
+    [
+        ({"rank": 1}, "rank", "it is rank 1, this engine rank 0"),
+        ({"tp_size": 2}, "tp_size", "its --tp-size is 2, this server's 1"),
+        ({"rank": 1, "tp_size": 2}, "tp_size", "give both servers the same"),
+    ],
+)
+def test_an_engine_of_another_rank_or_width_is_offered_nothing(
+    caplog: pytest.LogCaptureFixture, theirs: dict[str, int], reason: str, sentence: str
+) -> None:
+    desk = Desk()
+    counted = metrics.FALLBACKS.value(reason=reason)
+    desk.greet(**theirs)
+    assert [message.reason for message in desk.said if isinstance(message, NoOffer)] == [NoOfferReason.VERSION]
+    assert metrics.FALLBACKS.value(reason=reason) == counted + 1
+    assert sentence in caplog.text
 
 
 @pytest.mark.parametrize("word", [Fail, Cancelled])
