@@ -1,4 +1,4 @@
-"""Which combinations of store, router and model the end-to-end tests run.
+"""Which combinations of store, router, model and tensor parallel the end-to-end tests run.
 
 `COVER` has every pair of values of any two factors at least once; `DUALPATH_TEST_ALL=1` (``make test-all``) runs the
 full cross instead.
@@ -13,10 +13,12 @@ from typing import Literal, NamedTuple
 Store = Literal["mooncake", "file"]
 Router = Literal["gateway", "mini_lb"]
 Model = Literal["gqa", "mla"]
+Ranks = Literal["tp1", "tp2"]
 
 STORES: tuple[Store, ...] = ("mooncake", "file")
 ROUTERS: tuple[Router, ...] = ("gateway", "mini_lb")
 MODELS: tuple[Model, ...] = ("gqa", "mla")
+RANKS: tuple[Ranks, ...] = ("tp1", "tp2")
 
 
 class Row(NamedTuple):
@@ -25,21 +27,28 @@ class Row(NamedTuple):
     store: Store
     router: Router
     model: Model
+    ranks: Ranks
 
     def __str__(self) -> str:
         return "-".join(self)
 
+    @property
+    def tp_size(self) -> int:
+        """Tensor parallel of both servers."""
+        return int(self.ranks.removeprefix("tp"))
+
 
 COVER = (
-    Row("mooncake", "gateway", "gqa"),
-    Row("file", "mini_lb", "gqa"),
-    Row("mooncake", "mini_lb", "mla"),
-    Row("file", "gateway", "mla"),
+    Row("mooncake", "gateway", "gqa", "tp1"),
+    Row("mooncake", "mini_lb", "mla", "tp2"),
+    Row("file", "gateway", "mla", "tp2"),
+    Row("file", "mini_lb", "gqa", "tp2"),
+    Row("file", "mini_lb", "mla", "tp1"),
 )
-FULL = tuple(Row(*values) for values in itertools.product(STORES, ROUTERS, MODELS))
+FULL = tuple(Row(*values) for values in itertools.product(STORES, ROUTERS, MODELS, RANKS))
 
 
 def rows() -> tuple[Row, ...]:
-    """The rows of this run, those of one model together, because its reference outputs are made once."""
+    """The rows of this run, those with one reference together, because its outputs are made once."""
     chosen = FULL if os.environ.get("DUALPATH_TEST_ALL") else COVER
-    return tuple(sorted(chosen, key=lambda row: row.model))
+    return tuple(sorted(chosen, key=lambda row: (row.model, row.ranks)))
