@@ -1,4 +1,4 @@
-"""Tensor parallel 2 with one rank held up: no request waits longer than it may, or differs, and no rank leaks a page."""
+"""Tensor parallel 2, one rank held up: no request waits longer than it may, or differs, and no rank leaks a page."""
 
 from __future__ import annotations
 
