@@ -328,7 +328,6 @@ class DualPathDecodeTree(UnifiedRadixCache):
     """Stock until :meth:`use` names a path."""
 
     _dualpath: DecodePath | None = None
-
     ranks: Ranks = SoleRank()
 
     def use(self, path: DecodePath) -> None:

@@ -18,11 +18,18 @@ class Planner:
 
     def __init__(self, reads: PrefillReads, *, policy: BalancingPolicy, engine: str) -> None:
         self.engine = engine
-        self.needs_decode = bool(policy.needs_decode)
-        self.reads_ahead = bool(getattr(policy, "reads_ahead", False))
         self._reads = reads
         self._policy = policy
         self._views: dict[bytes, EngineView] = {}
+
+    @property
+    def needs_decode(self) -> bool:
+        """Asked anew each time: a policy may stand for another one."""
+        return bool(self._policy.needs_decode)
+
+    @property
+    def reads_ahead(self) -> bool:
+        return bool(getattr(self._policy, "reads_ahead", False))
 
     def note(self, peer: bytes, load: Hello | Done) -> None:
         """What a decode engine says of its load. ``peer`` is its engine id."""
