@@ -103,6 +103,15 @@ def two_samples(cluster: Cluster, tokens: Sequence[int], wait_s: float = 6.0) ->
         impatient.close()
 
 
+def calm_flags(tp_size: int) -> tuple[str, ...]:
+    """What makes servers of several ranks do on two cores what they would do on more.
+
+    Four schedulers and their threads wait for each other's turns here: leases that last, and reads so slow that the
+    other side's ranks have had theirs before one engine is through.
+    """
+    return ("--dualpath-lease", "2.5", "--dualpath-read-rate-limit", "16MiB") if tp_size > 1 else ()
+
+
 def log_dir(name: str) -> Path:
     path = REPOSITORY / "out" / "e2e" / name
     path.mkdir(parents=True, exist_ok=True)
@@ -137,7 +146,10 @@ def pair(
         **SETTINGS,
         "tp_size": row.tp_size,
         # Small chunks: `split` shares what takes longer than one of them, by the rates that it has seen.
-        "extra_flags": ("--dualpath-policy", "tests.e2e.policies:Switchable", "--dualpath-chunk-bytes", "262144"),
+        "extra_flags": (
+            "--dualpath-policy", "tests.e2e.policies:Switchable", "--dualpath-chunk-bytes", "262144",
+            *calm_flags(row.tp_size),
+        ),  # fmt: skip
         "extra_env": {
             policies.FILE_ENV: str(policy_file),
             "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])),

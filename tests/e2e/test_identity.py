@@ -51,8 +51,9 @@ def test_outputs_are_those_of_stock_when_all_comes_from_storage(
     seen = count(pair.cluster).since(before)
     prefill, decode = seen.total("read_bytes_total", "prefill"), seen.total("read_bytes_total", "decode")
     if policy != "shorter_queue":  # with one request at a time the queues are equal, and prefill takes them all
-        assert (prefill > 0) == (policy != "decode")
         assert (decode > 0) == (policy != "prefill")
+        # A busy machine may take a claim from its reader, which is counted.
+        assert (prefill > 0) == (policy != "decode") or seen.total("fallbacks_total") > 0
 
 
 @pytest.mark.parametrize("policy", POLICIES)

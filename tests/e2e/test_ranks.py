@@ -14,7 +14,7 @@ import pytest
 from benchmarks.testbed.cluster import Cluster, ClusterSpec
 from benchmarks.testbed.servers import ServerSpec
 from benchmarks.testbed.store import StoreSpec
-from tests.e2e.conftest import REPOSITORY, log_dir
+from tests.e2e.conftest import REPOSITORY, calm_flags, log_dir
 from tests.e2e.counters import count
 from tests.e2e.cover import Model
 from tests.e2e.faulty_store import ROLE_ENV
@@ -57,7 +57,7 @@ def pair(request: pytest.FixtureRequest, model_path: Callable[[Model], Path]) ->
     prompts = {f"prompt-{n}": source.choices(range(256), k=source.randrange(700, 1500)) for n in range(16)}
     flags = (
         "--dualpath-policy", "tests.e2e.policies:Sharing", "--dualpath-chunk-bytes", "262144",
-        "--dualpath-read-deadline", str(DEADLINE_S),
+        "--dualpath-read-deadline", str(DEADLINE_S), *calm_flags(2),
     )  # fmt: skip
 
     def server(role: str) -> ServerSpec:
