@@ -142,14 +142,12 @@ def pair(
     row: Row = request.param
     references.of(row)  # before ours starts: both at once do not fit
     policy_file = work / f"policy-{row}"
+    # Small chunks: `split` shares what takes longer than one of them, by the rates that it has seen.
+    flags = ("--dualpath-policy", "tests.e2e.policies:Switchable", "--dualpath-chunk-bytes", "262144")
     settings = {
         **SETTINGS,
         "tp_size": row.tp_size,
-        # Small chunks: `split` shares what takes longer than one of them, by the rates that it has seen.
-        "extra_flags": (
-            "--dualpath-policy", "tests.e2e.policies:Switchable", "--dualpath-chunk-bytes", "262144",
-            *calm_flags(row.tp_size),
-        ),  # fmt: skip
+        "extra_flags": (*flags, *calm_flags(row.tp_size)),
         "extra_env": {
             policies.FILE_ENV: str(policy_file),
             "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])),
