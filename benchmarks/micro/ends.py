@@ -267,7 +267,8 @@ class Source:
         _all_batches(reads, prefetch)
         reads.finish(prefetch)
         reads.settled(read)
-        reads.over()
+        if reads.standing(read).over:
+            reads.forget(read)
         return start_s
 
     def digest(self, slots: Sequence[int] | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ Role = Literal["prefill", "decode"]
 TransferBackend = Literal["mooncake", "nixl"]
 
 SERVER_MEMORY_BYTES = 3 << 30  # private memory of one server's three processes without its pools
+RANK_MEMORY_BYTES = 1 << 30  # of each further scheduler process
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class ServerSpec:
     keeps nothing between requests and reads nothing; with it, it reads from the store what it does not hold itself.
     A decode server with `kv_connector` and without `hicache` is given the store's flags alone: the command line of a
     deployment with HiCache on its prefill servers, to which the flag was added.
+    `tp_size` ranks share each request, and each of `dp_size` such groups has requests of its own.
     `extra_flags` come last and win over the flags made here; `extra_env` likewise.
     """
 
@@ -34,6 +37,8 @@ class ServerSpec:
     name: str = ""
     kv_connector: str | None = None
     hicache: bool = True
+    tp_size: int = 1
+    dp_size: int = 1
     max_total_tokens: int = 24_000
     hicache_ratio: float = 1.5
     transfer_backend: TransferBackend = "mooncake"
@@ -48,9 +53,18 @@ class ServerSpec:
         return self.name or self.role
 
     def memory_bytes(self, kv_bytes: int) -> int:
-        """Expected memory: the processes, the device pool and the host pool (`hicache_ratio` times the device pool)."""
+        """Expected memory: the processes, the device pool and the host pool (`hicache_ratio` times the device pool).
+
+        At most: the ranks of a GQA model have a part of each pool, those of an MLA model the whole.
+        """
         ratio = self.hicache_ratio if self.hicache else 0.0
-        return SERVER_MEMORY_BYTES + int(self.max_total_tokens * kv_bytes * (1 + ratio))
+        pools = int(self.max_total_tokens * kv_bytes * (1 + ratio))
+        return SERVER_MEMORY_BYTES + (self.ranks - 1) * RANK_MEMORY_BYTES + self.ranks * pools
+
+    @property
+    def ranks(self) -> int:
+        """Scheduler processes."""
+        return self.tp_size * self.dp_size
 
 
 @dataclass(frozen=True)
@@ -126,6 +140,10 @@ def server_command(spec: ServerSpec, place: Place, store: Store | None, model: P
     elif spec.kv_connector is not None and store is not None:
         # What --kv-connector asks to be copied from the prefill server, and nothing that it turns on by itself.
         command += [*store.flags, "--hicache-io-backend", "direct", "--hicache-mem-layout", "page_first_direct"]
+    if spec.tp_size > 1:
+        command += ["--tp-size", str(spec.tp_size)]
+    if spec.dp_size > 1:
+        command += ["--dp-size", str(spec.dp_size)]
     if spec.kv_connector is not None:
         command += ["--kv-connector", spec.kv_connector]
     return [*command, *spec.extra_flags]
@@ -155,6 +173,12 @@ def server_environment(spec: ServerSpec, place: Place, store: Store | None, base
             "UCX_NET_DEVICES": "lo" if place.namespace is None else "compute",
             "NIXL_LOG_LEVEL": "WARN",
         }
+    if spec.ranks > 1:
+        # Without it SGLang wants a NUMA node for each rank. It binds no thread without AMX, which is not used here.
+        cores = sorted(os.sched_getaffinity(0))
+        environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(
+            str(cores[rank % len(cores)]) for rank in range(spec.ranks)
+        )
     if store is not None:
         environment |= dict(store.environment)
     return environment | dict(spec.extra_env)

@@ -147,11 +147,9 @@ def _unsupported(cfg: Any) -> list[Row]:
     return [
         (cfg.enable_dp_attention, "--enable-dp-attention", one_reader),
         (cfg.attn_dp_size > 1, f"--attn-dp-size {cfg.attn_dp_size}", one_reader),
-        (cfg.tp_size > 1, f"--tp-size {cfg.tp_size}", one_reader),
         (cfg.pp_size > 1, f"--pp-size {cfg.pp_size}", one_reader),
         (cfg.attn_cp_size > 1, f"--attn-cp-size {cfg.attn_cp_size}", one_reader),
         (cfg.dcp_size > 1, f"--dcp-size {cfg.dcp_size}", one_reader),
-        (cfg.dp_size > 1, f"--dp-size {cfg.dp_size}", "a decode server could not tell its prefill engine yet"),
         (cfg.enable_kv_cache_sharding, "--enable-kv-cache-sharding", one_reader),
         (cfg.speculative_algorithm is not None, f"--speculative-algorithm {cfg.speculative_algorithm}", more_pools),
         (

@@ -79,11 +79,11 @@ SEAMS: tuple[Seam, ...] = (
         " disaggregation_decode_allocation_policy disaggregation_decode_enable_offload_kvcache"
         " disaggregation_decode_enable_radix_cache"
         " disaggregation_decode_host_receive_threshold disaggregation_ib_device disaggregation_mode"
-        " disaggregation_transfer_backend dp_size enable_dp_attention enable_flexkv enable_hierarchical_cache"
+        " disaggregation_transfer_backend enable_dp_attention enable_flexkv enable_hierarchical_cache"
         " enable_hisparse enable_kv_cache_sharding enable_linker_mla_dedup enable_lmcache enable_pd_role_switch"
         " enable_unified_cache_external_linker encoder_only hicache_host_memory_mode hicache_mem_layout hicache_ratio"
         " hicache_size hicache_storage_backend hicache_storage_backend_extra_config hicache_storage_prefetch_policy"
-        " language_only pp_size radix_cache_backend speculative_algorithm tp_size use_ray",
+        " language_only pp_size radix_cache_backend speculative_algorithm use_ray",
         "server argument", "sets a default or refuses a value", "the argument or the refusal goes",
     ),
     Seam(_SRT + "environ.envs", "environment settings", "refuses the Rust server, finds the store", _WITH_OURS),
@@ -113,6 +113,8 @@ SEAMS: tuple[Seam, ...] = (
     *_attributes(_SCHEDULER, "disaggregation_mode tree_cache disagg_prefill_bootstrap_queue"
                  " disagg_decode_prealloc_queue",
                  "parts of the scheduler", "our side is built from them", _LIFECYCLE),
+    Seam(_SCHEDULER, "ranks of the server", "they agree on what each decides by clock or message", "never",
+         attribute="attn_tp_cpu_group"),
     *_attributes(_REQUEST, "bootstrap_room bootstrap_host cache_request_handle origin_input_ids extra_key cache_salt"
                  " rid pending_bootstrap", "a request", "names its room and what it asks for", _LIFECYCLE),
     Seam(_DISAGG + "utils.DisaggregationMode", "role", "picks the side", _LIFECYCLE),
@@ -204,14 +206,19 @@ SEAMS: tuple[Seam, ...] = (
     Seam(_DISAGG + "utils.TransferBackend", "connector factory", "checks that it does", _PLUGGABLE),
     Seam(_DISAGG + "base.KVPoll", "status of a transfer", "Bootstrapping until the read settled", _PLUGGABLE),
     Seam(_COMMON + "CommonKVReceiver", "connector class", "base of our receivers", _PLUGGABLE),
+    Seam(_COMMON + "CommonKVReceiver.init", "receiver start", "learns which data-parallel rank has the request",
+         _PLUGGABLE, ("prefill_dp_rank",)),
     Seam(_COMMON + "CommonKVReceiver.poll", "receiver status", "Bootstrapping until the read settled", _PLUGGABLE),
     Seam(_COMMON + "CommonKVReceiver.clear", "receiver end", "learns of dropped requests", _PLUGGABLE),
-    *_attributes(_COMMON + "CommonKVReceiver", "init_time kv_mgr bootstrap_room bootstrap_addr", "a receiver",
+    *_attributes(_COMMON + "CommonKVReceiver", "init_time kv_mgr bootstrap_room bootstrap_addr prefill_dp_rank",
+                 "a receiver",
                  "finds its request's read", _PLUGGABLE),
     Seam(_COMMON + "CommonKVBootstrapServer", "connector class", "base of our bootstrap servers", _PLUGGABLE),
     Seam(_COMMON + "CommonKVBootstrapServer._setup_routes", "bootstrap routes", "publishes endpoints", _PLUGGABLE),
     Seam(_COMMON + "CommonKVBootstrapServer", "bootstrap routes", "publishes endpoints", _PLUGGABLE, attribute="app"),
     Seam(_COMMON + "CommonKVManager", "connector class", "base of our managers", _PLUGGABLE),
+    *_attributes(_COMMON + "CommonKVManager", "attn_tp_rank attn_tp_size system_dp_rank", "ranks",
+                 "engines of equal rank speak to each other", "never"),
     Seam(_COMMON + "CommonKVManager", "address", "the control socket binds it", "never", attribute="local_ip"),
     *_attributes(_COMMON + "CommonKVManager", "bootstrap_host bootstrap_port dist_init_addr", "bootstrap server",
                  "endpoints are published there", _PLUGGABLE),

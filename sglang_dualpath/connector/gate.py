@@ -11,6 +11,9 @@ class Gate(Protocol):
     def pending(self, room: int) -> bool:
         """True while the bootstrap of ``room`` must wait."""
 
+    def located(self, room: int, receiver: object, dp_rank: int) -> None:
+        """SGLang has found out which data-parallel rank of the prefill server has the request. Scheduler thread."""
+
     def gone(self, room: int, receiver: object) -> None:
         """A ``receiver`` of ``room`` was cleared: its request is gone or has been sent all. Samples share a room.
 
@@ -23,6 +26,9 @@ class OpenGate:
 
     def pending(self, room: int) -> bool:
         return False
+
+    def located(self, room: int, receiver: object, dp_rank: int) -> None:
+        return None
 
     def gone(self, room: int, receiver: object) -> None:
         return None

@@ -25,6 +25,11 @@ class GatedKVManager(CommonKVManager):
 class GatedKVReceiver(CommonKVReceiver):
     """Says ``Bootstrapping`` until the request's read has settled, so that upstream's queue waits by itself."""
 
+    def init(self, prefill_dp_rank: int) -> None:
+        super().init(prefill_dp_rank)
+        if self.bootstrap_room is not None:
+            self.kv_mgr.gate.located(self.bootstrap_room, self, prefill_dp_rank)
+
     def poll(self) -> KVPoll:
         status = super().poll()
         if (

@@ -6,6 +6,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from sglang.srt.mem_cache.base_prefix_cache import CacheRequestOutcome, MatchPrefixParams
@@ -14,7 +15,8 @@ from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from sglang_dualpath import metrics
 from sglang_dualpath.hicache.controller import DualPathCacheController
-from sglang_dualpath.reader.decode import DecodeRead, DecodeReads
+from sglang_dualpath.hicache.ranks import Ranks, SoleRank
+from sglang_dualpath.reader.decode import Answer, DecodeRead, DecodeReads, Standing
 from sglang_dualpath.reader.prefetch import Prefetch
 
 logger = logging.getLogger(__name__)
@@ -32,26 +34,46 @@ class HostLock(NamedTuple):
     receipt: Any
 
 
-class Request(NamedTuple):
-    """A request whose read this is, and its receiver, which no other sample in the same room has."""
+@dataclass(eq=False)
+class Tracked:
+    """A request from its acceptance until nothing of its read touches host memory, on any rank.
 
+    Its fields change in the same iteration on every rank.
+    """
+
+    read: DecodeRead
     req: Any
+    """None once the request has left."""
     receiver: Any
+    """No other sample in the same room has it."""
+    held: HostLock | None
+    """The lock on what HELLO named."""
+    asks: bool = True
+    """SGLang is to be asked for a prefetch when there is an offer."""
 
 
 class DecodePath:
-    """Between one decode engine's HiCache and its reads. Implements ``StoragePath``; scheduler thread unless said."""
+    """Between one decode engine's HiCache and its reads. Implements ``StoragePath``; scheduler thread unless said.
 
-    def __init__(self, tree: DualPathDecodeTree, controller: DualPathCacheController, reads: DecodeReads) -> None:
+    What the scheduler thread does to the tree it does in the same iteration on every rank of the server: as told by
+    SGLang, whose own events come to all ranks alike, or as agreed in :meth:`tick`.
+    """
+
+    def __init__(
+        self,
+        tree: DualPathDecodeTree,
+        controller: DualPathCacheController,
+        reads: DecodeReads,
+        ranks: Ranks | None = None,
+    ) -> None:
         self.reads = reads
+        self.ranks = ranks or SoleRank()
         self._tree = tree
         self._controller = controller
         self._page_tokens = reads.pages.page_tokens
-        self._requests: dict[int, Request | None] = {}
-        """Requests by room, from acceptance to the end of their read; None once the request has left."""
-        self._by_handle: dict[Any, DecodeRead] = {}
-        self._held: dict[int, HostLock] = {}
-        """Locks on what HELLO named, by room, until nothing of the read touches it."""
+        self._tracked: dict[int, Tracked] = {}
+        """By room, in the order of their acceptance."""
+        self._by_handle: dict[Any, Tracked] = {}
         self._kept: dict[Any, HostLock] = {}
         """Locks on what a read brought, by handle, until the request's restore holds its own."""
         self._kept_handles: dict[Any, Any] = {}
@@ -64,14 +86,12 @@ class DecodePath:
     def accept(self, req: Any, receiver: Any) -> DecodeRead | None:
         """The decode queue took ``req``: match it without touching it, lock what is held, and start its read."""
         room = req.bootstrap_room
-        if room in self._requests:
+        if room in self._tracked:
             # Samples of one request share a room; the first one's read serves them all.
             return None
         match = self._match(req)
         slots, hashes = self._held_pages(match.last_host_node)
         lock = self._tree.lock_host(match.last_host_node) if slots else None
-        if lock is not None:
-            self._held[room] = lock
         matched = match.device_prefix_len + match.host_hit_length
         read = self.reads.accepted(
             room,
@@ -80,48 +100,55 @@ class DecodePath:
             held_slots=slots,
             held_hashes=hashes,
         )
-        self._requests[room] = Request(req, receiver)
-        self._by_handle[req.cache_request_handle] = read
+        self._tracked[room] = self._by_handle[req.cache_request_handle] = Tracked(read, req, receiver, lock)
         return read
 
+    def read_for(self, room: int, receiver: Any) -> DecodeRead | None:
+        """The read that was started for the request of ``receiver``, if there is one."""
+        tracked = self._tracked.get(room)
+        return tracked.read if tracked is not None and tracked.receiver is receiver else None
+
     def tick(self) -> None:
-        """Start prefetches for offers that came, and release what ended reads held."""
-        for read in self.reads.take_offers():
-            request = self._requests.get(read.room)
-            if request is None or read.ended is not None:
-                self.reads.without_prefetch(read)
-            else:
-                try:
-                    self._start(read, request.req)
-                except Exception:
-                    # As upstream does around the same call: a prefetch that cannot be had must not end the scheduler.
-                    logger.exception("No prefetch for room %s.", read.room)
-                    metrics.FALLBACKS.add(reason="prefetch_exception")
-                    self.reads.without_prefetch(read, "prefetch_exception")
-        for read in self.reads.over():
-            self._requests.pop(read.room, None)
-            self._by_handle.pop(read.handle, None)
-            lock = self._held.pop(read.room, None)
-            if lock is not None:
-                self._tree.unlock_host(lock)
+        """Agree on what has become of the reads: start prefetches for offers, and release what ended reads held.
+
+        Only what was agreed counts here. A read that ends on this rank meanwhile brings nothing, which SGLang's own
+        reduction over the ranks allows for.
+        """
+        tracked = list(self._tracked.values())
+        if not tracked:
+            return
+        here = [self.reads.standing(one.read) for one in tracked]
+        everywhere = iter(self.ranks.least([value for standing in here for value in standing]))
+        for one, mine in zip(tracked, here, strict=True):
+            standing = Standing(*(next(everywhere) for _ in mine))
+            if one.asks and standing.answer != Answer.LATER:
+                one.asks = False
+                if standing.answer == Answer.OFFER:
+                    self._begin(one, standing)
+                else:
+                    self.reads.withdraw(one.read)
+            if standing.over:
+                del self._tracked[one.read.room]
+                self._by_handle.pop(one.read.handle, None)
+                self.reads.forget(one.read)
+                if one.held is not None:
+                    self._tree.unlock_host(one.held)
 
     def gone(self, room: int, receiver: Any) -> None:
         """The request of ``receiver`` has left the queues. Only the one that a read was started for ends it."""
         kept = self._kept_handles.pop(receiver, None)
         if kept is not None:
             self.release_kept(kept)
-        request = self._requests.get(room)
-        if request is None or request.receiver is not receiver:
+        tracked = self._tracked.get(room)
+        if tracked is None or tracked.receiver is not receiver or tracked.req is None:
             return
         # Its room stays taken until its read is over.
-        self._requests[room] = None
-        unsettled = self.reads.pending(room)
-        read = self.reads.gone(room)
-        if read is None:
-            return
-        if unsettled:
+        tracked.req = None
+        self.reads.gone(room)
+        handle = tracked.read.handle
+        if tracked.asks or self._tree.has_ongoing_prefetch(handle):
             # Upstream's prealloc queue never does this for a request that it drops, and the prefetch would go on.
-            self._tree.finish(read.handle, CacheRequestOutcome.ABORT)
+            self._tree.finish(handle, CacheRequestOutcome.ABORT)
 
     def release_kept(self, handle: Any) -> None:
         """The request's restore holds its own lock, or there will be none."""
@@ -129,13 +156,21 @@ class DecodePath:
         if lock is not None:
             self._tree.unlock_host(lock)
 
-    def _start(self, read: DecodeRead, req: Any) -> None:
-        offer = read.offer
-        assert offer is not None
+    def _begin(self, tracked: Tracked, offered: Standing) -> None:
+        try:
+            self._start(tracked, offered)
+        except Exception:
+            # As upstream does around the same call: a prefetch that cannot be had must not end the scheduler.
+            logger.exception("No prefetch for room %s.", tracked.read.room)
+            metrics.FALLBACKS.add(reason="prefetch_exception")
+            self.reads.without_prefetch(tracked.read, "prefetch_exception")
+
+    def _start(self, tracked: Tracked, offered: Standing) -> None:
+        read, req = tracked.read, tracked.req
         match = self._match(req)
         matched = match.device_prefix_len + match.host_hit_length
-        end_tokens = offer.storage_end_page * self._page_tokens
-        if matched // self._page_tokens < offer.first_page:
+        end_tokens = offered.end_page * self._page_tokens
+        if matched // self._page_tokens < -offered.minus_first_page:
             self.reads.without_prefetch(read, "prefix_gap")
             return
         if end_tokens <= matched:
@@ -163,15 +198,15 @@ class DecodePath:
         if tree.has_ongoing_prefetch(read.handle):
             self.reads.submitted(read)
         else:
-            self.reads.parked(read, _PARK_S, "prefetch_rate_limited")
+            self._park(tracked, "prefetch_rate_limited")
 
     # -- what the tree reports ---------------------------------------------------------------------------------------
 
     def allocated(self, operation: Any) -> None:
         """The operation has its host pages: claims may go out, once."""
         with self._opening:
-            read = self._by_handle.get(operation.handle)
-            if read is None:
+            tracked = self._by_handle.get(operation.handle)
+            if tracked is None:
                 return
             prefetch: Prefetch | None = getattr(operation, "dualpath_prefetch", None)
             if prefetch is None:
@@ -182,7 +217,7 @@ class DecodePath:
                 while len(self._stored) > _REMEMBERED_HASHES:
                     self._stored.popitem(last=False)
         # By whoever comes here first, the scheduler or the IO thread that is about to wait for its pages.
-        self.reads.opened(read, prefetch)
+        self.reads.opened(tracked.read, prefetch)
 
     def _prefetch(self, operation: Any) -> Prefetch:
         pages = self.reads.pages
@@ -200,23 +235,26 @@ class DecodePath:
 
     def revoked(self, handle: Any) -> None:
         """There were no host pages for the prefetch."""
-        read = self._by_handle.get(handle)
-        if read is not None:
-            self.reads.parked(read, _PARK_S, "host_pool_full")
+        tracked = self._by_handle.get(handle)
+        if tracked is not None:
+            self._park(tracked, "host_pool_full")
+
+    def _park(self, tracked: Tracked, reason: str) -> None:
+        tracked.asks = True
+        self.reads.parked(tracked.read, _PARK_S, reason)
 
     def inserted(self, handle: Any) -> None:
         """What the prefetch brought is in the tree: hold it there until the restore, and let the request go on."""
-        read = self._by_handle.get(handle)
-        if read is None:
+        tracked = self._by_handle.get(handle)
+        if tracked is None:
             return
-        request = self._requests.get(read.room)
         self._tree.pop_prefetch_loaded_tokens(handle)
-        if request is not None and handle not in self._kept:
-            lock = self._tree.lock_host(self._match(request.req).last_host_node)
+        if tracked.req is not None and handle not in self._kept:
+            lock = self._tree.lock_host(self._match(tracked.req).last_host_node)
             if lock is not None:
                 self._kept[handle] = lock
-                self._kept_handles[request.receiver] = handle
-        self.reads.settled(read)
+                self._kept_handles[tracked.receiver] = handle
+        self.reads.settled(tracked.read)
 
     # -- StoragePath, on the controller's threads --------------------------------------------------------------------
 
@@ -259,9 +297,8 @@ class DecodePath:
 
     def forget(self) -> None:
         """The pools and the tree were cleared, and every lock with them."""
-        self._requests.clear()
+        self._tracked.clear()
         self._by_handle.clear()
-        self._held.clear()
         self._kept.clear()
         self._kept_handles.clear()
         self._stored.clear()
@@ -292,9 +329,11 @@ class DualPathDecodeTree(UnifiedRadixCache):
     """Stock until :meth:`use` names a path."""
 
     _dualpath: DecodePath | None = None
+    ranks: Ranks = SoleRank()
 
     def use(self, path: DecodePath) -> None:
         self._dualpath = path
+        self.ranks = path.ranks
         # Upstream skips load-backs of fewer tokens than this, and then fails a decode request that was promised them.
         self.load_back_threshold = 0
 

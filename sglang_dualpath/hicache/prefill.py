@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from sglang_dualpath import metrics
 from sglang_dualpath.hicache.controller import DualPathCacheController
+from sglang_dualpath.hicache.plans import SharedPlans
 from sglang_dualpath.hicache.reserve import HostReserve
 from sglang_dualpath.protocol import NoOfferReason
 from sglang_dualpath.reader.prefetch import Prefetch
@@ -20,10 +21,16 @@ logger = logging.getLogger(__name__)
 
 
 class PrefillPath:
-    """Between one prefill engine's HiCache and its reads. Implements ``StoragePath``."""
+    """Between one prefill engine's HiCache and its reads. Implements ``StoragePath``.
 
-    def __init__(self, controller: DualPathCacheController, reads: PrefillReads) -> None:
+    ``plans``: how several ranks agree on who reads; one rank decides alone.
+    """
+
+    def __init__(
+        self, controller: DualPathCacheController, reads: PrefillReads, plans: SharedPlans | None = None
+    ) -> None:
         self.reads = reads
+        self._plans = plans
         self._controller = controller
         self._page_tokens = reads.pages.page_tokens
         self._opening = threading.Lock()
@@ -40,6 +47,14 @@ class PrefillPath:
     def declined(self, handle: Any, reason: NoOfferReason) -> None:
         self._starts.pop(handle, None)
         self.reads.declined(handle, reason)
+
+    def tick(self, ongoing: Iterable[Any]) -> None:
+        """Open the reads of those of SGLang's operations that have their host pages, and agree who reads them."""
+        ready = [operation for operation in ongoing if operation.host_indices is not None]
+        for operation in ready:
+            self.allocated(operation)
+        if self._plans is not None:
+            self._plans.agree(ready)
 
     def allocated(self, operation: Any) -> Prefetch:
         """The operation has its host pages: open the read, once."""
@@ -145,11 +160,8 @@ class DualPathPrefillTree(UnifiedRadixCache):
 
     def check_hicache_events(self) -> None:
         super().check_hicache_events()
-        path = self._dualpath
-        if path is not None:
-            for info in list(self.ongoing_prefetch.values()):
-                if info.operation.host_indices is not None:
-                    path.allocated(info.operation)
+        if self._dualpath is not None:
+            self._dualpath.tick([info.operation for info in self.ongoing_prefetch.values()])
 
     def release_aborted_request(self, request: Any) -> None:
         super().release_aborted_request(request)

@@ -2,7 +2,7 @@
 
 Threads, and what each may do:
 
-* scheduler: ``accepted``, ``take_offers``, ``submitted``, ``opened``, ``settled``, ``gone``, ``pending``;
+* scheduler: ``accepted``, ``sought``, ``standing``, ``submitted``, ``opened``, ``settled``, ``gone``, ``pending``;
 * SGLang's prefetch IO thread: ``opened``, ``wait`` and ``finish``;
 * the reader thread and the pushers: see :mod:`sglang_dualpath.reader.carriage`;
 * the control thread: ``handle`` (see :mod:`sglang_dualpath.reader.decode_messages`) and ``tick``;
@@ -14,17 +14,18 @@ One lock guards it all; no I/O happens while it is held.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Hashable, Sequence
 
 from sglang_dualpath import __version__, metrics
 from sglang_dualpath.protocol import PROTOCOL_VERSION, Bye, Decline, Hello, Message
 from sglang_dualpath.reader.carriage import Carriage, give_up
 from sglang_dualpath.reader.decode_messages import DecodeMessages
-from sglang_dualpath.reader.decode_read import Chunk, DecodeRead, Phase
+from sglang_dualpath.reader.decode_read import Answer, Chunk, DecodeRead, Phase, Standing
 from sglang_dualpath.reader.decode_state import DecodeState
 from sglang_dualpath.reader.prefetch import Prefetch
 
-__all__ = ["Chunk", "DecodeRead", "DecodeReads", "Phase"]
+__all__ = ["Answer", "Chunk", "DecodeRead", "DecodeReads", "Phase", "Standing"]
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,6 @@ class DecodeReads(DecodeState):
         self, room: int, handle: Hashable, *, match_pages: int, held_slots: Sequence[int], held_hashes: Sequence[str]
     ) -> DecodeRead:
         """The decode queue has accepted a request. Its bootstrap is held back until the read has settled."""
-        now = self.clock()
         read = DecodeRead(
             room=room,
             handle=handle,
@@ -57,8 +57,8 @@ class DecodeReads(DecodeState):
             match_pages=match_pages,
             held_slots=held_slots,
             held_hashes=held_hashes,
-            deadline_s=now + self.config.read_deadline_s,
-            heard_s=now,
+            deadline_s=self.clock() + self.config.read_deadline_s,
+            heard_s=math.inf,
         )
         with self.lock:
             before = self.reads.pop(room, None)
@@ -73,11 +73,44 @@ class DecodeReads(DecodeState):
             read = self.reads.get(room)
             return read is not None and read.phase is not Phase.SETTLED
 
-    def take_offers(self) -> list[DecodeRead]:
-        """Reads whose offer has come and for which SGLang has no prefetch yet."""
+    def sought(self, read: DecodeRead) -> None:
+        """Its prefill engine is known and about to be asked: from now on its silence counts."""
         with self.lock:
-            now = self.clock()
-            return [read for read in self.reads.values() if read.phase is Phase.OFFERED and now >= read.parked_until_s]
+            read.heard_s = min(read.heard_s, self.clock())
+
+    def standing(self, read: DecodeRead) -> Standing:
+        """What this rank knows of a read. Of use only before SGLang has its prefetch, and after its end."""
+        with self.lock:
+            offer = read.offer
+            if read.phase is Phase.SETTLED or read.ended is not None:
+                answer = Answer.NONE
+            elif read.phase is Phase.OFFERED and self.clock() >= read.parked_until_s:
+                answer = Answer.OFFER
+            else:
+                answer = Answer.LATER
+            return Standing(
+                answer,
+                end_page=offer.storage_end_page if offer is not None else 0,
+                minus_first_page=-offer.first_page if offer is not None else 0,
+                over=int(read.phase is Phase.SETTLED and read.over),
+            )
+
+    def withdraw(self, read: DecodeRead) -> None:
+        """Another rank of this server prefetches nothing for this request, so this one must not either.
+
+        What it holds in memory is pushed all the same. A read that has settled stays as it is.
+        """
+        with self.lock:
+            if read.phase is Phase.SETTLED:
+                return
+            if read.ended is None and read.memory_left <= 0:
+                if read.offer is None:
+                    self.say(read, Bye(read.room, read.attempt))
+                else:
+                    metrics.OFFERS.add(outcome="left_by_other_rank")
+                    self.say(read, Decline(read.room, read.attempt, "another rank does not take part"))
+                self.end(read, "another_rank")
+            self.settle(read)
 
     def without_prefetch(self, read: DecodeRead, why: str | None = None) -> None:
         """Nothing is to be read from storage here; what is held in memory is pushed while the request goes on."""
@@ -88,13 +121,12 @@ class DecodeReads(DecodeState):
             self.settle(read)
 
     def submitted(self, read: DecodeRead) -> None:
-        """SGLang accepted a prefetch of the offered pages."""
+        """SGLang accepted a prefetch of the offered pages: the request waits for its end, whatever else has ended."""
         with self.lock:
-            if read.phase is Phase.OFFERED:
-                read.phase = Phase.SUBMITTED
+            read.phase = Phase.SUBMITTED
 
     def parked(self, read: DecodeRead, delay_s: float, reason: str) -> None:
-        """SGLang has no room for the prefetch now; :meth:`take_offers` names the read again after ``delay_s``.
+        """SGLang has no room for the prefetch now: :meth:`standing` says OFFER again after ``delay_s``.
 
         Counted once per read.
         """
@@ -136,13 +168,11 @@ class DecodeReads(DecodeState):
             self.settle(read)
             return read
 
-    def over(self) -> list[DecodeRead]:
-        """Settled reads that touch no host memory any more, forgotten by this call; unlock what they held."""
+    def forget(self, read: DecodeRead) -> None:
+        """It is over on every rank."""
         with self.lock:
-            done = [read for read in self.reads.values() if read.phase is Phase.SETTLED and read.over]
-            for read in done:
+            if self.reads.get(read.room) is read:
                 del self.reads[read.room]
-            return done
 
     def abandon_all(self) -> None:
         """SGLang clears its pools: every read ends, and nothing of it counts any more.
@@ -158,6 +188,7 @@ class DecodeReads(DecodeState):
                 give_up(read.busy, "the host pool was cleared")
                 self._await_sources(read)
                 self.settle(read)
+                read.abandoned = True
 
     # -- SGLang's prefetch IO thread -----------------------------------------------------------------------------
 
@@ -227,7 +258,7 @@ class DecodeReads(DecodeState):
                     page_tokens=self.pages.page_tokens,
                     page_bytes=self.pages.page_bytes,
                     plane_bytes=tuple(plane.page_bytes for plane in self.pages.planes),
-                    tp_size=1,
+                    tp_size=self.tp_size,
                     session=self.sessions.known(endpoint),
                     match_pages=read.match_pages,
                     held_end_page=len(read.held_slots),
@@ -250,6 +281,8 @@ class DecodeReads(DecodeState):
             for read in list(self.reads.values()):
                 if read.ended is None:
                     self._look_after(read, clock)
+                elif read.abandoned and read.over:
+                    del self.reads[read.room]
             waiting, self.draining = self.draining, []
             for one in waiting:
                 if clock < one.due_s or not one.over():

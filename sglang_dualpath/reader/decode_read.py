@@ -22,6 +22,29 @@ class Phase(enum.Enum):
     SETTLED = "settled"
 
 
+class Answer(enum.IntEnum):
+    """Whether SGLang can be asked for a prefetch of a read. Of several ranks the least counts."""
+
+    NONE = 0
+    """There is nothing to prefetch, or not any more."""
+    LATER = 1
+    """The prefill engine has not answered yet, or there is no room now."""
+    OFFER = 2
+
+
+class Standing(NamedTuple):
+    """What one rank knows of a read. All ranks act on the least of each, so that they prefetch the same or nothing."""
+
+    answer: int
+    """An :class:`Answer`."""
+    end_page: int
+    """End of the offered pages that are in storage."""
+    minus_first_page: int
+    """The first offered page, negative: the least over the ranks is where the last of them begins."""
+    over: int
+    """1 when nothing of the read will touch host memory any more."""
+
+
 class Asked(NamedTuple):
     """A claim without an answer."""
 
@@ -71,6 +94,7 @@ class DecodeRead:
     held_hashes: Sequence[str]
     deadline_s: float
     heard_s: float
+    """When its prefill engine last said anything, or was asked first; infinite before that."""
     phase: Phase = Phase.GREETING
     offer: Offer | None = None
     prefetch: Prefetch | None = None
@@ -88,6 +112,8 @@ class DecodeRead:
     parked_until_s: float = 0.0
     """When SGLang is asked again for the prefetch, 0 as long as it has found room."""
     claim_again_s: float = 0.0
+    abandoned: bool = False
+    """A flush came over it: the scheduler asks for it no more."""
 
     @property
     def attempt(self) -> int:

@@ -40,6 +40,7 @@ class DecodeState:
     pages: HostPages
     engine: str
     rank: int
+    tp_size: int = 1
     send: Callable[[str, Message], object]
     """``send(endpoint, message)``; thread-safe and never blocks."""
     clock: Callable[[], float] = time.monotonic

@@ -10,7 +10,7 @@ import msgspec
 from sglang_dualpath import __version__, metrics
 from sglang_dualpath.ledger import Share
 from sglang_dualpath.ledger.types import End
-from sglang_dualpath.policy import BalancingPolicy, ReadPlan
+from sglang_dualpath.policy import BalancingPolicy
 from sglang_dualpath.protocol import (
     PROTOCOL_VERSION,
     Bye,
@@ -31,7 +31,9 @@ from sglang_dualpath.protocol import (
 )
 from sglang_dualpath.reader.claim_desk import ClaimDesk
 from sglang_dualpath.reader.planning import Planner
+from sglang_dualpath.reader.prefetch import Prefetch
 from sglang_dualpath.reader.prefill import OWN, PrefillRead, PrefillReads, Room
+from sglang_dualpath.reader.prefill_read import ALONE, Shares
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +58,8 @@ class OfferDesk:
         session: its transfer session, where decode engines push to.
         metadata: what they must know of it besides; it goes to each of them once.
         send: ``send(peer, message)``; thread-safe and never blocks.
+        rank: which of the ``tp_size`` ranks of its server this is. With several of them rank 0 decides who reads: its
+            scheduler asks :meth:`propose`, and tells every rank by :meth:`adopt`.
     """
 
     def __init__(
@@ -67,8 +71,12 @@ class OfferDesk:
         session: str,
         metadata: bytes = b"",
         send: Callable[[bytes, Message], object],
+        rank: int = 0,
+        tp_size: int = 1,
     ) -> None:
         self._reads = reads
+        self._rank = rank
+        self._tp_size = tp_size
         self._send = send
         self._planner = Planner(reads, policy=policy, engine=engine)
         self._claims = ClaimDesk(reads, self._planner, send)
@@ -131,7 +139,7 @@ class OfferDesk:
                 if clock >= read.opened_s + self._reads.hello_wait_s:
                     self._reads.silent_requests += 1
                     self._reads.fallback("no_hello", read)
-                    self._apply(read, self._planner.alone(read, "no decode engine asked"))
+                    self._apply(read, ALONE)
             self._reassure(clock)
             if clock >= self._gauges_s + _GAUGES_S:
                 self._gauges_s = clock
@@ -167,10 +175,10 @@ class OfferDesk:
         room = self._reads.room(hello.room)
         problem = self._incompatible(peer, hello)
         if problem is not None:
-            metrics.FALLBACKS.add(reason=problem)
-            logger.warning("No offer to %s: %s.", hello.engine, problem)
+            metrics.FALLBACKS.add(reason=problem[0])
+            logger.warning("No offer to %s: %s.", hello.engine, problem[1])
             self._send(peer, NoOffer(hello.room, NoOfferReason.VERSION))
-            self._go_alone(room, "the decode engine is incompatible")
+            self._go_alone(room)
             return
         self._reads.silent_requests = 0
         if room.hello is not None and room.peer is not None and room.peer != peer:
@@ -183,8 +191,9 @@ class OfferDesk:
             if not read.planned:
                 self._plan(read)
             elif read.peer is None and not room.alone and self._planner.reads_ahead:
-                # Late, and still of use: what is left can be shared.
-                self._apply(read, self._planner.plan(read, hello))
+                # Late, and still of use: what is left can be shared. Of several ranks none decides that alone.
+                shares = self._planner.plan(read, hello) if self._tp_size == 1 else read.shares
+                self._apply(read, shares or ALONE)
             elif read.peer != peer:
                 # The plan stands: with a policy that does not wait, or after it waited, prefill reads alone.
                 self._refuse_offer(read, room, NoOfferReason.POLICY)
@@ -194,17 +203,22 @@ class OfferDesk:
             self._send(peer, Queued(hello.room, "known" if room.arrived else "unknown"))
         self._reads.lock.notify_all()
 
-    def _incompatible(self, peer: bytes, hello: Hello) -> str | None:
+    def _incompatible(self, peer: bytes, hello: Hello) -> tuple[str, str] | None:
+        """Why nothing can be offered: for a metric, and in words."""
         pool = self._reads.pages
         if hello.version != PROTOCOL_VERSION or hello.package != __version__:
-            return "package_version"
+            return "package_version", f"it runs sglang_dualpath {hello.package}, this server {__version__}"
+        if hello.tp_size != self._tp_size:
+            sizes = f"its --tp-size is {hello.tp_size}, this server's {self._tp_size}"
+            return "tp_size", f"{sizes}; pages are pushed rank to rank, so give both servers the same"
+        if hello.rank != self._rank:
+            return "rank", f"it is rank {hello.rank}, this engine rank {self._rank}"
         if hello.page_tokens != pool.page_tokens or hello.plane_bytes != self._plane_bytes:
-            return "page_layout"
-        if hello.tp_size != 1:
-            return "tp_size"
+            theirs, ours = (hello.page_tokens, hello.plane_bytes), (pool.page_tokens, self._plane_bytes)
+            return "page_layout", f"its pages (tokens, bytes) are {theirs}, this server's {ours}"
         if hello.engine.encode() != peer:
             # Readers are told apart by their engine id, which is what the connection was authenticated under.
-            return "engine_name"
+            return "engine_name", "it does not go by the name that its connection has"
         return None
 
     def _left(self, peer: bytes, message: Decline | Settled | Bye) -> None:
@@ -219,15 +233,34 @@ class OfferDesk:
             read.decode = None
         if room is not None and mine:
             room.hello = None
-            self._go_alone(room, "the decode engine left")
+            self._go_alone(room)
         self._reads.lock.notify_all()
 
-    def _go_alone(self, room: Room, reason: str) -> None:
+    def _go_alone(self, room: Room) -> None:
         """No HELLO is to be awaited for this room."""
         room.alone = True
         if room.read is not None and not room.read.planned and not room.read.closed:
-            self._apply(room.read, self._planner.alone(room.read, reason))
+            self._apply(room.read, ALONE)
         self._reads.lock.notify_all()
+
+    # -- plans of several ranks, on the scheduler thread ---------------------------------------------------------------
+
+    def propose(self, prefetch: Prefetch) -> Shares | None:
+        """Who reads this prefetch, as rank 0 of a server sees it; None while it waits for the HELLO."""
+        with self._reads.lock:
+            read = self._reads.reads.get(id(prefetch))
+            if read is None or read.planned:
+                return ALONE  # it has ended, or its wait has
+            return self._decide(read)
+
+    def adopt(self, prefetch: Prefetch, shares: Shares) -> None:
+        """Rank 0 has decided. Nothing changes for a read that has ended, or that went on alone meanwhile."""
+        with self._reads.lock:
+            read = self._reads.reads.get(id(prefetch))
+            if read is not None:
+                read.shares = shares
+                if not read.planned:
+                    self._plan(read)
 
     # -- plans and offers --------------------------------------------------------------------------------------------
 
@@ -238,17 +271,32 @@ class OfferDesk:
             room.hello = None
 
     def _plan(self, read: PrefillRead) -> None:
-        """Decide who reads, or wait for the HELLO if the policy wants to know the decode engine."""
-        room = self._reads.rooms.get(read.room) if read.room is not None else None
-        hello = room.hello if room is not None else None
-        if hello is None and (read.attempt > 0 or (room is not None and room.alone)):
-            # The decode engine had its part in an earlier attempt, or wants none, and has gone on without this one.
-            self._apply(read, self._planner.alone(read, "no decode engine"))
-        elif hello is None and self._planner.needs_decode:
+        """Act on who reads, or wait: for the HELLO if the policy wants to know the decode engine, for rank 0's word."""
+        if self._tp_size == 1 or self._no_decode(read):
+            read.shares = self._decide(read)
+        shares = read.shares
+        if shares is not None and not (shares.decode and self._hello_of(read) is None):
+            self._apply(read, shares)
+        elif self._planner.needs_decode and not read.held:
+            read.held = True
             ahead = self._planner.reads_ahead
             self._hold(read, self._reads.grace_s if ahead else self._reads.hello_wait_s + _TICK_MARGIN_S)
-        else:
-            self._apply(read, self._planner.plan(read, hello))
+
+    def _decide(self, read: PrefillRead) -> Shares | None:
+        """Who reads, None if the policy wants to know the decode engine first."""
+        if self._no_decode(read):
+            return ALONE
+        hello = self._hello_of(read)
+        return None if hello is None and self._planner.needs_decode else self._planner.plan(read, hello)
+
+    def _no_decode(self, read: PrefillRead) -> bool:
+        """The decode engine had its part in an earlier attempt, or wants none, and has gone on without this one."""
+        room = self._reads.rooms.get(read.room) if read.room is not None else None
+        return self._hello_of(read) is None and (read.attempt > 0 or (room is not None and room.alone))
+
+    def _hello_of(self, read: PrefillRead) -> Hello | None:
+        room = self._reads.rooms.get(read.room) if read.room is not None else None
+        return room.hello if room is not None else None
 
     def _hold(self, read: PrefillRead, wait_s: float) -> None:
         """Keep the own reader off this read for a while, by a reservation for a reader that has yet to come."""
@@ -256,19 +304,16 @@ class OfferDesk:
         read.ledger.join(_AWAITED, Share(End.FRONT, exposed=True, lease_s=wait_s))
         read.ledger.reserve_range(_AWAITED, span.first_page, span.end_page, until_s=self._reads.clock() + wait_s)
 
-    def _apply(self, read: PrefillRead, plan: ReadPlan) -> None:
+    def _apply(self, read: PrefillRead, shares: Shares) -> None:
         read.planned = True
         room = self._reads.rooms.get(read.room) if read.room is not None else None
         if room is not None and room.hello is not None:
-            share = plan.share_of(room.hello.engine)
-            if share is None:
+            if not shares.decode:
                 self._refuse_offer(read, room, NoOfferReason.POLICY)
-            elif self._offer(read, room, share.limit_pages):
-                own = plan.share_of(self._planner.engine)
+            elif self._offer(read, room, shares.decode_pages):
                 # Without a share of its own, this engine's reader stays the fallback: a limit of 0 makes it that.
-                limit = 0 if own is None else own.limit_pages
-                read.own_share = own is not None
-                read.ledger.join(OWN, Share(End.BACK, limit_pages=limit), local=True)
+                read.own_share = shares.prefill_pages != 0
+                read.ledger.join(OWN, Share(End.BACK, limit_pages=shares.prefill_pages), local=True)
         read.ledger.leave(_AWAITED, now_s=self._reads.clock())
         self._reads.lock.notify_all()
 

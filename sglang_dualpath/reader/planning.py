@@ -7,10 +7,10 @@ import logging
 import msgspec
 
 from sglang_dualpath import metrics
-from sglang_dualpath.policy import BalancingPolicy, ClusterView, EngineView, ReadPlan, ReadRequest, Role, validate_plan
-from sglang_dualpath.policy.types import prefill_alone
+from sglang_dualpath.policy import BalancingPolicy, ClusterView, EngineView, ReadRequest, Role, validate_plan
 from sglang_dualpath.protocol import Done, Hello
 from sglang_dualpath.reader.prefill import PrefillRead, PrefillReads
+from sglang_dualpath.reader.prefill_read import ALONE, Shares
 
 logger = logging.getLogger(__name__)
 
@@ -20,11 +20,18 @@ class Planner:
 
     def __init__(self, reads: PrefillReads, *, policy: BalancingPolicy, engine: str) -> None:
         self.engine = engine
-        self.needs_decode = bool(policy.needs_decode)
-        self.reads_ahead = bool(getattr(policy, "reads_ahead", False))
         self._reads = reads
         self._policy = policy
         self._views: dict[bytes, EngineView] = {}
+
+    @property
+    def needs_decode(self) -> bool:
+        """Asked anew each time: a policy may stand for another one."""
+        return bool(self._policy.needs_decode)
+
+    @property
+    def reads_ahead(self) -> bool:
+        return bool(getattr(self._policy, "reads_ahead", False))
 
     def note(self, peer: bytes, load: Hello | Done) -> None:
         """What a decode engine says of its load. ``peer`` is its engine id."""
@@ -43,18 +50,20 @@ class Planner:
         self._views.pop(peer, None)
         self._reads.decode_rates.pop(peer.decode("ascii", "replace"), None)  # a peer that is no engine, too
 
-    def plan(self, read: PrefillRead, hello: Hello | None) -> ReadPlan:
+    def plan(self, read: PrefillRead, hello: Hello | None) -> Shares:
         """Who reads ``read``; the prefill engine alone if the policy fails."""
         request = self._request(read, hello)
         try:
-            return validate_plan(self._policy.plan(request, self._view(request)), request)
+            plan = validate_plan(self._policy.plan(request, self._view(request)), request)
         except Exception:
             logger.exception("Policy %s failed; the prefill server reads alone.", type(self._policy).__name__)
             metrics.FALLBACKS.add(reason="policy_error")
-            return prefill_alone(request, "policy failed")
-
-    def alone(self, read: PrefillRead, reason: str) -> ReadPlan:
-        return prefill_alone(self._request(read, None), reason)
+            return ALONE
+        theirs = plan.share_of(request.decode) if request.decode is not None else None
+        if theirs is None:
+            return ALONE
+        own = plan.share_of(self.engine)
+        return Shares(True, theirs.limit_pages, 0 if own is None else own.limit_pages)
 
     def _request(self, read: PrefillRead, hello: Hello | None) -> ReadRequest:
         held = 0

@@ -374,7 +374,7 @@ class PrefillReads:
         whole = read.ledger.landed_prefix() == read.prefetch.pages
         others = sum(pages for reader, pages in count.landed_by_reader.items() if reader != OWN)
         own = count.landed_by_reader.get(OWN, 0)
-        if whole and not read.planned and read.attempt == 0:
+        if whole and not read.planned and read.attempt == 0 and not self._was_greeted(read):
             # Its own reader was done before the decode engine spoke, or it has none that speaks.
             self.fallback("no_hello", read)
         outcome = ("split" if own and others else "decode" if others else "prefill") if whole else "short"
@@ -391,6 +391,11 @@ class PrefillReads:
                 state.read = None
                 self._close_room(read.room, NoOfferReason.CLOSED)
         self.lock.notify_all()
+
+    def _was_greeted(self, read: PrefillRead) -> bool:
+        """Its decode engine spoke: who reads was then only not decided yet, by another rank."""
+        room = self.rooms.get(read.room) if read.room is not None else None
+        return room is not None and room.hello is not None
 
     def stop(self) -> None:
         with self.lock:

@@ -4,10 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from sglang_dualpath.ledger import Grant, Ledger
 from sglang_dualpath.protocol import Hello, NoOfferReason
 from sglang_dualpath.reader.prefetch import Prefetch
+
+
+class Shares(NamedTuple):
+    """Who may claim how much of a read, without names: on each rank of a server other engines go by them."""
+
+    decode: bool
+    """The decode engine has a share, of at most ``decode_pages`` (None: no limit)."""
+    decode_pages: int | None
+    prefill_pages: int | None
+    """At most so many for the prefill engine's own reader. With 0 it takes only what nobody else does."""
+
+
+ALONE = Shares(False, None, None)
+"""The prefill engine reads everything."""
 
 
 @dataclass(eq=False)
@@ -27,7 +42,12 @@ class PrefillRead:
     """Open claims of the decode engine."""
     progress_s: float = 0.0
     """When the decode engine was last offered or granted pages of this read, or said its last word on some."""
+    shares: Shares | None = None
+    """What was decided; None while it is not. A share of the decode engine's waits for its HELLO."""
+    held: bool = False
+    """Own readers were kept off it for the first moments."""
     planned: bool = False
+    """Nothing is awaited any more, and who may claim has been told."""
     own_share: bool = True
     """This engine's own readers have a share; without one they are the fallback for what the decode engine leaves."""
     closed: bool = False

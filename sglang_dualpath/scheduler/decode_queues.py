@@ -11,6 +11,7 @@ from sglang.srt.disaggregation.decode_hicache_mixin import HiCacheRestoreResult
 
 from sglang_dualpath import metrics
 from sglang_dualpath.hicache.decode import DualPathDecodeTree
+from sglang_dualpath.hicache.ranks import agreed
 
 logger = logging.getLogger(__name__)
 
@@ -37,11 +38,16 @@ class DualPathDecodePreallocQueue(DecodePreallocQueue):
 
 
 class DualPathDecodeTransferQueue(DecodeTransferQueue):
-    """A restore that falls short of device memory waits for it, as long as SGLang waits for a transfer."""
+    """A restore that falls short of device memory waits for it, as long as SGLang waits for a transfer.
+
+    Ranks allocate alike, so it falls short on all of them or none. When to try again, and when no more, they agree.
+    """
 
     def _try_hicache_queue_load_back(self, dr: Any) -> bool:
         now = time.monotonic()
-        if now < getattr(dr, "dualpath_retry_s", 0.0):
+        ranks = self.tree_cache.ranks
+        retry_s: float | None = getattr(dr, "dualpath_retry_s", None)
+        if retry_s is not None and not agreed(ranks, now >= retry_s):
             return False
         queued = super()._try_hicache_queue_load_back(dr)
         if queued:
@@ -52,7 +58,7 @@ class DualPathDecodeTransferQueue(DecodeTransferQueue):
                 dr.dualpath_short_since_s = first = now
                 metrics.FALLBACKS.add(reason="restore_waits_for_device")
                 logger.warning("Request %s waits for device memory to restore its prefix.", dr.req.rid)
-            if now - first < dr.kv_receiver.kv_mgr.waiting_timeout:
+            if agreed(ranks, now - first < dr.kv_receiver.kv_mgr.waiting_timeout):
                 dr.hicache_restore_status = HiCacheRestoreResult.PENDING
                 dr.dualpath_retry_s = now + _RETRY_S
         return bool(queued)

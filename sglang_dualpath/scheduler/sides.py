@@ -19,11 +19,13 @@ from sglang_dualpath.connector.rooms import real_room
 from sglang_dualpath.control import ControlClient, ControlServer
 from sglang_dualpath.errors import DualPathError
 from sglang_dualpath.hicache.decode import DecodePath
+from sglang_dualpath.hicache.plans import SharedPlans
 from sglang_dualpath.hicache.prefill import PrefillPath
+from sglang_dualpath.hicache.ranks import Ranks, make_ranks
 from sglang_dualpath.hicache.reserve import HostReserve
 from sglang_dualpath.policy import load_policy
 from sglang_dualpath.protocol import NoOfferReason
-from sglang_dualpath.reader.decode import DecodeReads
+from sglang_dualpath.reader.decode import DecodeRead, DecodeReads
 from sglang_dualpath.reader.hop import HopReader
 from sglang_dualpath.reader.offers import OfferDesk
 from sglang_dualpath.reader.own import OwnReaders
@@ -64,6 +66,10 @@ def _host_pages(scheduler: Any) -> HostPages:
     return HostPages(controller.storage_host_pool, controller.page_size)
 
 
+def _ranks(scheduler: Any, manager: Any) -> Ranks:
+    return make_ranks(scheduler.attn_tp_cpu_group, rank=manager.attn_tp_rank, size=manager.attn_tp_size)
+
+
 def _transport(manager: Any, pages: HostPages) -> Transport:
     transport: Transport = manager.transport()
     transport.register(pages.geometry)
@@ -92,6 +98,7 @@ class PrefillSide:
         controller = tree.cache_controller
         manager = self._queue.kv_manager
         pages = _host_pages(scheduler)
+        self._ranks = _ranks(scheduler, manager)
         lock = threading.Condition()
         reserve = HostReserve(controller.mem_pool_host, pages, size_bytes=config.reserve_bytes, lock=lock)
         transport = _transport(manager, pages)
@@ -104,8 +111,11 @@ class PrefillSide:
             session=transport.session,
             metadata=transport.metadata,
             send=lambda peer, message: self._control.send(peer, message),
+            rank=self._ranks.rank,
+            tp_size=self._ranks.size,
         )
-        self.path = PrefillPath(controller, self.reads)
+        plans = SharedPlans(desk, self._ranks) if self._ranks.size > 1 else None
+        self.path = PrefillPath(controller, self.reads, plans)
         self.path.park = self._park
         self._control = ControlServer(
             config.host or manager.local_ip,
@@ -122,10 +132,13 @@ class PrefillSide:
         )
         controller.use(self.path)
         tree.use(self.path, reserve)
-        publish(_bootstrap_url(manager), dp_rank=0, tp_rank=0, endpoint=self._control.endpoint)
+        # As SGLang's own registry counts: without attention data parallelism, a data-parallel rank is a whole engine.
+        dp_rank = manager.system_dp_rank
+        publish(_bootstrap_url(manager), dp_rank=dp_rank, tp_rank=self._ranks.rank, endpoint=self._control.endpoint)
         logger.info(
-            "DualPath prefill engine %s: policy %s, control %s, %d host pages of %d bytes, %d in reserve.",
-            engine, config.policy, self._control.endpoint, pages.slots, pages.page_bytes, reserve.reserve.size,
+            "DualPath prefill engine %s: dp %d, tp %d of %d, policy %s, control %s, %d host pages of %d bytes, %d in "
+            "reserve.", engine, dp_rank, self._ranks.rank, self._ranks.size, config.policy, self._control.endpoint,
+            pages.slots, pages.page_bytes, reserve.reserve.size,
         )  # fmt: skip
 
     def arrived(self, req: Any) -> None:
@@ -141,19 +154,20 @@ class PrefillSide:
             self.reads.passed_over(handle)
 
     def tick(self) -> None:
-        """Reissue parked prefetches whose time has come, in the order in which they were parked."""
+        """Reissue parked prefetches whose time has come on every rank, in the order in which they were parked."""
         if not self._parked:
             return
         now = self.reads.clock()
+        due = self._ranks.least([now >= due_s for due_s in self._parked.values()])
         waiting = {req.cache_request_handle: req for req in self._queue.queue if req.pending_bootstrap}
         controller = self._scheduler.tree_cache.cache_controller
-        for handle, due in list(self._parked.items()):
+        for handle, is_due in zip(list(self._parked), due, strict=True):
             req = waiting.get(handle)
             if req is None:
                 # Admitted or aborted meanwhile: from here on upstream's own retries count.
                 del self._parked[handle]
                 self.path.declined(handle, NoOfferReason.CLOSED)
-            elif now >= due and not controller.prefetch_rate_limited():
+            elif is_due and not controller.prefetch_rate_limited():
                 del self._parked[handle]
                 self._scheduler._prefetch_kvcache(req)
 
@@ -180,6 +194,7 @@ class DecodeSide:
         controller = tree.cache_controller
         manager = self._queue.kv_manager
         pages = _host_pages(scheduler)
+        self._ranks = _ranks(scheduler, manager)
         transport = _transport(manager, pages)
         engine = _engine_id("decode")
         self._lookup = EndpointLookup()
@@ -187,11 +202,12 @@ class DecodeSide:
             config=config,
             pages=pages,
             engine=engine,
-            rank=0,
+            rank=self._ranks.rank,
+            tp_size=self._ranks.size,
             send=lambda endpoint, message: self._control.send(endpoint, message),
         )
         self.reads.on_silence = self._lookup.forget
-        self.path = DecodePath(tree, controller, self.reads)
+        self.path = DecodePath(tree, controller, self.reads, self._ranks)
         self._control = ControlClient(engine, config.read_key(), self.reads.handle, _count_error, tick=self.reads.tick)
         self._hop = HopReader(
             self.reads,
@@ -202,7 +218,10 @@ class DecodeSide:
         controller.use(self.path)
         tree.use(self.path)
         manager.gate = self
-        logger.info("DualPath decode engine %s: %d host pages of %d bytes.", engine, pages.slots, pages.page_bytes)
+        logger.info(
+            "DualPath decode engine %s: tp %d of %d, %d host pages of %d bytes.",
+            engine, self._ranks.rank, self._ranks.size, pages.slots, pages.page_bytes,
+        )  # fmt: skip
 
     def added(self, req: Any) -> None:
         """Upstream's queue was offered ``req``; it may have rejected it."""
@@ -211,13 +230,24 @@ class DecodeSide:
             return
         receiver = queue[-1].kv_receiver
         read = self.path.accept(req, receiver)
+        dp_rank = getattr(receiver, "prefill_dp_rank", None)
+        if read is not None and dp_rank is not None:
+            self._greet(read, receiver, dp_rank)
+
+    def located(self, room: int, receiver: Any, dp_rank: int) -> None:
+        read = self.path.read_for(room, receiver)
         if read is not None:
-            self._lookup.find(
-                receiver.bootstrap_addr,
-                dp_rank=0,
-                tp_rank=0,
-                then=lambda endpoint: self.reads.greet(read, endpoint),
-            )
+            self._greet(read, receiver, dp_rank)
+
+    def _greet(self, read: DecodeRead, receiver: Any, dp_rank: int) -> None:
+        """Say HELLO to the engine that has the request: the same tensor-parallel rank of that data-parallel one."""
+        self.reads.sought(read)
+        self._lookup.find(
+            receiver.bootstrap_addr,
+            dp_rank=dp_rank,
+            tp_rank=self._ranks.rank,
+            then=lambda endpoint: self.reads.greet(read, endpoint),
+        )
 
     def pending(self, room: int) -> bool:
         return self.reads.pending(room)

@@ -48,7 +48,7 @@ def run(command: Sequence[str], env: dict[str, str], limit_s: float = 110) -> tu
     ("shell", "flags", "storage", "says"),
     [
         ([sys.executable, "-m", "sglang.launch_server"], (), None, "copy --hicache-storage-backend"),
-        ([str(SCRIPTS / "sglang"), "serve"], ("--tp-size", "2"), "file", "--tp-size 2"),
+        ([str(SCRIPTS / "sglang"), "serve"], ("--pp-size", "2"), "file", "--pp-size 2"),
     ],
     ids=["python -m sglang.launch_server", "sglang serve"],
 )

@@ -189,4 +189,4 @@ def test_every_server_argument_that_is_read_or_set_is_declared() -> None:
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "cfg":
                 used.add(node.attr)
     assert used - declared == set()
-    assert "tp_size" in used
+    assert "pp_size" in used

@@ -97,9 +97,9 @@ def test_an_engine_without_the_environment_is_stock(forks: ForkServer, model: Pa
 
 
 def test_a_refusal_ends_an_engine_too(forks: ForkServer, model: Path) -> None:
-    arguments = {"model_path": str(model), "disaggregation_mode": "prefill", "tp_size": 2, **ENGINE}
+    arguments = {"model_path": str(model), "disaggregation_mode": "prefill", "pp_size": 2, **ENGINE}
     outcome = forks.run("engine", arguments, env={"SGLANG_KV_CONNECTOR": "dualpath"})
-    assert "--tp-size 2" in outcome.sentence
+    assert "--pp-size 2" in outcome.sentence
 
 
 # -- child processes ---------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 from sglang.srt.disaggregation.base import KVPoll
+from sglang.srt.disaggregation.common.conn import CommonKVReceiver
 
 from sglang_dualpath.connector import kv_classes, mooncake, nixl
 from sglang_dualpath.connector.gate import OpenGate
@@ -31,10 +32,14 @@ class ScriptedGate:
         self.waits = False
         self.asked: list[int] = []
         self.dropped: list[tuple[int, object]] = []
+        self.found: list[tuple[int, object, int]] = []
 
     def pending(self, room: int) -> bool:
         self.asked.append(room)
         return self.waits
+
+    def located(self, room: int, receiver: object, dp_rank: int) -> None:
+        self.found.append((room, receiver, dp_rank))
 
     def gone(self, room: int, receiver: object) -> None:
         self.dropped.append((room, receiver))
@@ -145,6 +150,17 @@ def test_a_transfer_timeout_is_not_overridden(receiver: Any, manager: StubManage
     assert receiver.poll() == KVPoll.Failed
 
 
+@pytest.mark.parametrize("dp_rank", [0, 1])
+def test_the_gate_is_told_which_data_parallel_rank_has_the_request(
+    monkeypatch: pytest.MonkeyPatch, receiver: Any, gate: ScriptedGate, dp_rank: int
+) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(CommonKVReceiver, "init", lambda self, prefill_dp_rank: seen.append(prefill_dp_rank))
+    receiver.init(dp_rank)
+    assert seen == [dp_rank]
+    assert gate.found == [(ROOM, receiver, dp_rank)]
+
+
 def test_a_cleared_receiver_tells_the_gate(receiver: Any, manager: StubManager, gate: ScriptedGate) -> None:
     receiver.clear()
     assert gate.dropped == [(ROOM, receiver)]
@@ -169,6 +185,7 @@ def test_a_manager_without_a_read_path_holds_back_nothing(kind: Any) -> None:
     gate = kind.gate
     assert isinstance(gate, OpenGate)
     assert gate.pending(ROOM) is False
+    gate.located(ROOM, object(), 0)
     gate.gone(ROOM, object())
 
 

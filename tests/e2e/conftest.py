@@ -14,7 +14,7 @@ from benchmarks.testbed.errors import RequestError
 from benchmarks.testbed.model import identity_mla_model, small_identity_model
 from benchmarks.testbed.servers import ServerSpec, stock_pair
 from benchmarks.testbed.store import StoreSpec
-from tests.e2e.cover import Model, Row
+from tests.e2e.cover import Model, Ranks, Row
 from tests.e2e.prompts import NEW_TOKENS, Outputs, Prompts, ask_all, differences, make_prompts
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -40,31 +40,41 @@ def model_path() -> Callable[[Model], Path]:
     return lambda model: MODELS[model](REPOSITORY / "out" / "models")
 
 
+Kind = tuple[Model, Ranks]
+"""What may change outputs of stock SGLang: the order in which numbers are added up."""
+
+
+def kind_of(row: Row) -> Kind:
+    return row.model, row.ranks
+
+
 class References:
-    """Stock SGLang's outputs by model, made once by a stock pair that is ended before ours starts."""
+    """Stock SGLang's outputs by model and ranks, made once by a stock pair that is ended before ours starts."""
 
     def __init__(self, prompts: Prompts, model_path: Callable[[Model], Path]) -> None:
         self._prompts = prompts
         self._model_path = model_path
-        self._made: dict[Model, Outputs] = {}
-        self.samples: dict[Model, list[tuple[int, ...]] | None] = {}
+        self._made: dict[Kind, Outputs] = {}
+        self.samples: dict[Kind, list[tuple[int, ...]] | None] = {}
         """What two samples of one prompt gave, None if there was no answer."""
-        self.self_differences: dict[Model, int] = {}
+        self.self_differences: dict[Kind, int] = {}
 
-    def of(self, model: Model) -> Outputs:
-        if model not in self._made:
+    def of(self, row: Row) -> Outputs:
+        kind = kind_of(row)
+        if kind not in self._made:
+            logs = f"stock-{row.model}-{row.ranks}"
             try:
-                self._made[model] = self._make(model, log_dir(f"stock-{model}"))
+                self._made[kind] = self._make(row, log_dir(logs))
             except RequestError as error:
                 # A stock pair was seen to leave a request unanswered. Nothing of ours runs in it: ask another one.
-                print(f"Stock SGLang failed: {error} Once more; logs of the first try are in out/e2e/stock-{model}.")
-                self._made[model] = self._make(model, log_dir(f"stock-{model}-again"))
-        return self._made[model]
+                print(f"Stock SGLang failed: {error} Once more; logs of the first try are in out/e2e/{logs}.")
+                self._made[kind] = self._make(row, log_dir(f"{logs}-again"))
+        return self._made[kind]
 
-    def _make(self, model: Model, logs: Path) -> Outputs:
+    def _make(self, row: Row, logs: Path) -> Outputs:
         spec = ClusterSpec(
-            model=self._model_path(model),
-            servers=stock_pair(decode_hicache=True, **SETTINGS),
+            model=self._model_path(row.model),
+            servers=stock_pair(decode_hicache=True, tp_size=row.tp_size, **SETTINGS),
             store=StoreSpec(capacity_bytes=STORE_BYTES),
             request_timeout_s=STOCK_TIMEOUT_S,
         )
@@ -72,8 +82,8 @@ class References:
             first = ask_all(cluster, self._prompts)
             cluster.flush()
             again = ask_all(cluster, self._prompts)
-            self.self_differences[model] = len(differences(again, first))
-            self.samples[model] = two_samples(cluster, self._prompts["length-700"])
+            self.self_differences[kind_of(row)] = len(differences(again, first))
+            self.samples[kind_of(row)] = two_samples(cluster, self._prompts["length-700"])
         return first
 
 
@@ -90,6 +100,15 @@ def two_samples(cluster: Cluster, tokens: Sequence[int], wait_s: float = 6.0) ->
         return None
     finally:
         impatient.close()
+
+
+def calm_flags(tp_size: int) -> tuple[str, ...]:
+    """What makes servers of several ranks do on two cores what they would do on more.
+
+    Four schedulers and their threads wait for each other's turns here: leases that last, and reads so slow that the
+    other side's ranks have had theirs before one engine is through.
+    """
+    return ("--dualpath-lease", "2.5", "--dualpath-read-rate-limit", "16MiB") if tp_size > 1 else ()
 
 
 def log_dir(name: str) -> Path:
@@ -117,14 +136,17 @@ def pair(
     request: pytest.FixtureRequest, work: Path, model_path: Callable[[Model], Path], references: References
 ) -> Iterator[Pair]:
     row: Row = request.param
-    references.of(row.model)  # before ours starts: both at once do not fit
+    references.of(row)  # before ours starts: both at once do not fit
     switch = PolicySwitch(work / f"policy-{row}")
+    # SGLang's own check that its ranks do the same in the same order; it ends a server otherwise.
+    checker = {"SGLANG_ENABLE_RANK_CONSENSUS_CHECKER": "1" if row.tp_size > 1 else "0"}
     settings = {
         **SETTINGS,
+        "tp_size": row.tp_size,
         "transfer_backend": row.transfer,
         # Small chunks: `split` shares what takes longer than one of them, by the rates that it has seen.
-        "extra_flags": (*switch.flags, "--dualpath-chunk-bytes", "262144"),
-        "extra_env": switch.environment,
+        "extra_flags": (*switch.flags, "--dualpath-chunk-bytes", "262144", *calm_flags(row.tp_size)),
+        "extra_env": {**switch.environment, **checker},
     }
     spec = ClusterSpec(
         model=model_path(row.model),

@@ -1,4 +1,4 @@
-"""Which combinations of store, router, model and transfer backend the end-to-end tests run.
+"""Which combinations of store, router, model, transfer backend and tensor parallel the end-to-end tests run.
 
 `COVER` has every pair of values of any two factors at least once; `DUALPATH_TEST_ALL=1` (``make test-all``) runs the
 full cross instead.
@@ -14,11 +14,13 @@ Store = Literal["mooncake", "file"]
 Router = Literal["gateway", "mini_lb"]
 Model = Literal["gqa", "mla"]
 Transfer = Literal["mooncake", "nixl"]
+Ranks = Literal["tp1", "tp2"]
 
 STORES: tuple[Store, ...] = ("mooncake", "file")
 ROUTERS: tuple[Router, ...] = ("gateway", "mini_lb")
 MODELS: tuple[Model, ...] = ("gqa", "mla")
 TRANSFERS: tuple[Transfer, ...] = ("mooncake", "nixl")
+RANKS: tuple[Ranks, ...] = ("tp1", "tp2")
 
 
 class Row(NamedTuple):
@@ -28,22 +30,29 @@ class Row(NamedTuple):
     router: Router
     model: Model
     transfer: Transfer
+    ranks: Ranks
 
     def __str__(self) -> str:
         return "-".join(self)
 
+    @property
+    def tp_size(self) -> int:
+        """Tensor parallel of both servers."""
+        return int(self.ranks.removeprefix("tp"))
+
 
 COVER = (
-    Row("mooncake", "gateway", "gqa", "mooncake"),
-    Row("mooncake", "mini_lb", "mla", "nixl"),
-    Row("file", "gateway", "mla", "nixl"),
-    Row("file", "mini_lb", "gqa", "nixl"),
-    Row("file", "mini_lb", "mla", "mooncake"),
+    Row("mooncake", "gateway", "gqa", "mooncake", "tp1"),
+    Row("file", "mini_lb", "mla", "mooncake", "tp1"),
+    Row("file", "mini_lb", "gqa", "nixl", "tp1"),
+    Row("file", "gateway", "mla", "nixl", "tp2"),
+    Row("mooncake", "mini_lb", "gqa", "nixl", "tp2"),
+    Row("mooncake", "gateway", "mla", "mooncake", "tp2"),
 )
-FULL = tuple(Row(*values) for values in itertools.product(STORES, ROUTERS, MODELS, TRANSFERS))
+FULL = tuple(Row(*values) for values in itertools.product(STORES, ROUTERS, MODELS, TRANSFERS, RANKS))
 
 
 def rows() -> tuple[Row, ...]:
-    """The rows of this run, those of one model together, because its reference outputs are made once."""
+    """The rows of this run, those with one reference together, because its outputs are made once."""
     chosen = FULL if os.environ.get("DUALPATH_TEST_ALL") else COVER
-    return tuple(sorted(chosen, key=lambda row: row.model))
+    return tuple(sorted(chosen, key=lambda row: (row.model, row.ranks)))

@@ -1,16 +1,22 @@
 """A storage backend that tests break while servers run: SGLang's file backend, slowed down, failing or losing pages.
 
-What is wrong is read from ``faults.json`` beside the pages, by the role in ``$DUALPATH_TEST_ROLE``:
-``{"decode": {"page_s": 0.02, "error": true, "lose": 5}}``. ``page_s`` delays each page; ``error`` raises; ``lose`` = n
-makes every n-th page (by its hash) unreadable though it is said to exist, as after an eviction between query and read.
+What is wrong is read from ``faults.json`` beside the pages, by the role in ``$DUALPATH_TEST_ROLE``, for all its ranks
+or for one: ``{"decode": {"page_s": 0.02, "error": true, "lose": 5}, "prefill.1": {"hop_s": 0.1, "control_s": 0.1}}``.
+``page_s`` delays each page; ``error`` raises; ``lose`` = n makes every n-th page (by its hash) unreadable though it is
+said to exist, as after an eviction between query and read. ``hop_s`` delays each push that the rank makes, and
+``control_s`` each message that it hears: the store is loaded into the rank's process before its reads are set up.
+
+Each rank writes how many tokens of its host pool are free into ``free-<role>.<rank>``, a few times a second.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +26,56 @@ from sglang.srt.mem_cache.hicache_storage import HiCacheFile
 ROLE_ENV = "DUALPATH_TEST_ROLE"
 
 
+def _delay_reads_of_this_process(fault: Callable[[], Mapping[str, Any]]) -> None:
+    from sglang_dualpath.reader.decode import DecodeReads
+    from sglang_dualpath.reader.hop import HopReader
+    from sglang_dualpath.reader.offers import OfferDesk
+
+    for cls, method, kind in (
+        (HopReader, "push", "hop_s"),
+        (OfferDesk, "handle", "control_s"),
+        (DecodeReads, "handle", "control_s"),
+    ):
+        setattr(cls, method, _late(getattr(cls, method), fault, kind))
+
+
+def _late(original: Callable[..., Any], fault: Callable[[], Mapping[str, Any]], kind: str) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def late(*args: Any) -> Any:
+        delay_s = fault().get(kind, 0.0)
+        if delay_s:
+            time.sleep(delay_s)
+        return original(*args)
+
+    return late
+
+
 class FaultyStore(HiCacheFile):
     """Has the zero-copy getters of real backends, so that it is used as they are."""
 
     def __init__(self, storage_config: Any, kwargs: Mapping[str, Any]) -> None:
         super().__init__(storage_config)
-        self._faults = Path(self.file_path).parent / "faults.json"
-        self._role = os.environ[ROLE_ENV]
+        self._directory = Path(self.file_path).parent
+        self._names = (os.environ[ROLE_ENV], f"{os.environ[ROLE_ENV]}.{storage_config.tp_rank}")
+        _delay_reads_of_this_process(self._fault)
+        threading.Thread(target=self._report, name="faulty-store-report", daemon=True).start()
 
     def _fault(self) -> Mapping[str, Any]:
         try:
-            return dict(json.loads(self._faults.read_text()).get(self._role, {}))
+            faults = json.loads((self._directory / "faults.json").read_text())
         except (OSError, ValueError):
             return {}
+        return {kind: value for name in self._names for kind, value in faults.get(name, {}).items()}
+
+    def _report(self) -> None:
+        path = self._directory / f"free-{self._names[1]}"
+        while True:
+            time.sleep(0.2)
+            pool = getattr(self, "mem_pool_host", None)
+            if pool is not None:
+                unfinished = path.with_suffix(".tmp")
+                unfinished.write_text(str(pool.available_size()))
+                unfinished.replace(path)
 
     def batch_get_v1(self, keys: Sequence[str], host_indices: torch.Tensor, extra_info: Any = None) -> list[bool]:
         fault = self._fault()

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from tests.e2e.conftest import Pair, References, two_samples
+from tests.e2e.conftest import Pair, References, kind_of, two_samples
 from tests.e2e.counters import count
 from tests.e2e.cover import Row, rows
 from tests.e2e.prompts import NEW_TOKENS, PAGE, Outputs, Prompts, ask, ask_all, differences
@@ -22,7 +22,7 @@ POLICIES = ("prefill", "decode", "shorter_queue", "split")
 
 @pytest.fixture
 def expected(pair: Pair, references: References) -> Outputs:
-    return references.of(pair.row.model)
+    return references.of(pair.row)
 
 
 @pytest.fixture
@@ -32,8 +32,8 @@ def split(pair: Pair) -> Pair:
 
 
 def test_stock_agrees_with_itself(pair: Pair, references: References) -> None:
-    references.of(pair.row.model)
-    assert references.self_differences[pair.row.model] == 0
+    references.of(pair.row)
+    assert references.self_differences[kind_of(pair.row)] == 0
 
 
 def test_outputs_are_those_of_stock_when_nothing_is_cached(split: Pair, prompts: Prompts, expected: Outputs) -> None:
@@ -52,8 +52,9 @@ def test_outputs_are_those_of_stock_when_all_comes_from_storage(
     seen = count(pair.cluster).since(before)
     prefill, decode = seen.total("read_bytes_total", "prefill"), seen.total("read_bytes_total", "decode")
     if policy != "shorter_queue":  # with one request at a time the queues are equal, and prefill takes them all
-        assert (prefill > 0) == (policy != "decode")
         assert (decode > 0) == (policy != "prefill")
+        # A busy machine may take a claim from its reader, which is counted.
+        assert (prefill > 0) == (policy != "decode") or seen.total("fallbacks_total") > 0
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -114,9 +115,9 @@ def test_a_cache_salt_keeps_its_own_pages(split: Pair, prompts: Prompts, expecte
 def test_several_samples_of_one_prompt_end_as_with_stock(split: Pair, prompts: Prompts, references: References) -> None:
     """They share a room: SGLang 0.5.23 itself never answers them with PD disaggregation, and we are no different."""
     split.cluster.flush()
-    assert two_samples(split.cluster, prompts["length-700"]) == references.samples[split.row.model]
+    assert two_samples(split.cluster, prompts["length-700"]) == references.samples[kind_of(split.row)]
     name = "length-1025"
-    assert ask(split.cluster, prompts[name]) == references.of(split.row.model)[name]
+    assert ask(split.cluster, prompts[name]) == references.of(split.row)[name]
 
 
 def test_a_swapped_page_shows(split: Pair, prompts: Prompts, expected: Outputs) -> None:
@@ -169,7 +170,9 @@ def test_all_read_bytes_are_hit_bytes(split: Pair, prompts: Prompts, expected: O
     assert ask(split.cluster, prompts[name]) == expected[name]
     seen = count(split.cluster).since(before)
     pages = (len(prompts[name]) - 1) // PAGE
-    page_bytes = split.cluster.kv_bytes_per_token * PAGE
+    # Each rank of an MLA model has the whole page, each of a GQA model its own heads of it.
+    copies = split.row.tp_size if split.row.model == "mla" else 1
+    page_bytes = split.cluster.kv_bytes_per_token * PAGE * copies
     reclaimed = seen.total("fallbacks_total", "lease_expired")
     if reclaimed == 0:  # a busy machine may take a claim from its reader, which is counted
         assert seen.total("read_bytes_total") == pages * page_bytes

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from sglang_dualpath.hicache.decode import DecodePath, DualPathDecodeTree
+from sglang_dualpath.hicache.ranks import Ranks
 from sglang_dualpath.protocol import Claim, Grant, Message, Offer, Plane, Refuse, Target
 from sglang_dualpath.reader.decode import DecodeRead, DecodeReads
 from tests.reader.cluster import CONFIG
@@ -134,7 +135,7 @@ def hashes(first: int, end: int) -> list[str]:
 class DecodeNode:
     """The path, and the two ends that it lies between: a tree below, and a prefill engine that the test plays."""
 
-    def __init__(self, *, host_pages: int = 0) -> None:
+    def __init__(self, *, host_pages: int = 0, ranks: Ranks | None = None) -> None:
         self.pool = Slots(64)
         self.tree = Tree(self.pool, host_pages)
         self.said: list[Message] = []
@@ -152,7 +153,7 @@ class DecodeNode:
             read_pages=lambda operation, first, indices: len(indices) // PAGE_TOKENS,
         )
         self.controller = controller
-        self.path = DecodePath(self.tree, controller, self.reads)  # type: ignore[arg-type]
+        self.path = DecodePath(self.tree, controller, self.reads, ranks)  # type: ignore[arg-type]
 
     def accept(self, room: int, name: str = "request", pages: int = 8) -> DecodeRead:
         """The queue takes a request, and its prefill engine is found."""

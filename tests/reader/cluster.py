@@ -18,7 +18,7 @@ from sglang_dualpath.config import DualPathConfig
 from sglang_dualpath.ledger import Reserve
 from sglang_dualpath.policy import load_policy
 from sglang_dualpath.protocol import Hello, Message
-from sglang_dualpath.reader.decode import DecodeRead, DecodeReads, Phase
+from sglang_dualpath.reader.decode import Answer, DecodeRead, DecodeReads, Phase
 from sglang_dualpath.reader.hop import HopReader
 from sglang_dualpath.reader.offers import OfferDesk
 from sglang_dualpath.reader.own import OwnReaders
@@ -247,10 +247,18 @@ class DecodeEngine(Engine):
     def _tick(self) -> None:
         """The control thread's tick, and the scheduler's turn."""
         self.reads.tick(0.0)
-        for read in self.reads.take_offers():
+        for read in list(self.reads.reads.values()):
+            standing = self.reads.standing(read)
+            if standing.over:
+                self.reads.forget(read)
+            if standing.answer != Answer.OFFER:
+                if standing.answer == Answer.NONE and read.phase is Phase.OFFERED:
+                    self.reads.withdraw(read)
+                continue
             hashes, match = self.requests[read.room]
             offer = read.offer
-            if read.ended is not None or offer is None or offer.storage_end_page <= match:
+            assert offer is not None
+            if offer.storage_end_page <= match:
                 self.reads.without_prefetch(read)
                 continue
             job = self.prefetch(
@@ -261,7 +269,6 @@ class DecodeEngine(Engine):
             self.reads.submitted(read)
             self.reads.opened(read, job.prefetch)
             self.io.queue.put(job)
-        self.reads.over()
 
     def abort(self, room: int) -> None:
         job = self.jobs.get(room)

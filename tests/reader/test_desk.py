@@ -8,10 +8,22 @@ import weakref
 
 import pytest
 
-from sglang_dualpath import __version__
+from sglang_dualpath import __version__, metrics
 from sglang_dualpath.ledger import Reserve
 from sglang_dualpath.policy import load_policy
-from sglang_dualpath.protocol import PROTOCOL_VERSION, Bye, Cancelled, Claim, Fail, Grant, Hello, Message, Offer
+from sglang_dualpath.protocol import (
+    PROTOCOL_VERSION,
+    Bye,
+    Cancelled,
+    Claim,
+    Fail,
+    Grant,
+    Hello,
+    Message,
+    NoOffer,
+    NoOfferReason,
+    Offer,
+)
 from sglang_dualpath.reader.offers import OfferDesk
 from sglang_dualpath.reader.prefetch import Prefetch
 from sglang_dualpath.reader.prefill import PrefillRead, PrefillReads
@@ -42,6 +54,35 @@ class Desk:
     def hear(self, message: Message, peer: bytes = PEER) -> None:
         self.desk.handle(peer, message)
 
+    def greet(
+        self,
+        *,
+        held: int = 0,
+        rank: int = 0,
+        tp_size: int = 1,
+        room: int = ROOM,
+        peer: bytes = PEER,
+        read_bytes_per_s: float | None = None,
+    ) -> None:
+        """The decode engine asks about a request."""
+        self.hear(
+            Hello(
+                room=room,
+                version=PROTOCOL_VERSION,
+                package=__version__,
+                rank=rank,
+                engine=peer.decode(),
+                page_tokens=PAGE_TOKENS,
+                page_bytes=PAGE_BYTES,
+                plane_bytes=PLANE_BYTES,
+                tp_size=tp_size,
+                match_pages=held,
+                held_end_page=held,
+                read_bytes_per_s=read_bytes_per_s,
+            ),
+            peer,
+        )
+
     def prefetch(
         self,
         pages: int = 6,
@@ -52,23 +93,7 @@ class Desk:
         read_bytes_per_s: float | None = None,
     ) -> Prefetch:
         """A decode engine asks about a request, whose prefetch then gets its host pages."""
-        self.hear(
-            Hello(
-                room=room,
-                version=PROTOCOL_VERSION,
-                package=__version__,
-                rank=0,
-                engine=peer.decode(),
-                page_tokens=PAGE_TOKENS,
-                page_bytes=PAGE_BYTES,
-                plane_bytes=PLANE_BYTES,
-                tp_size=1,
-                match_pages=held,
-                held_end_page=held,
-                read_bytes_per_s=read_bytes_per_s,
-            ),
-            peer,
-        )
+        self.greet(held=held, room=room, peer=peer, read_bytes_per_s=read_bytes_per_s)
         self.reads.arrived(room, f"handle {room}")
         return Prefetch(
             handle=f"handle {room}",
@@ -86,6 +111,25 @@ class Desk:
         self.hear(Claim(ROOM, 0, 1, 3))
         (grant,) = [message for message in self.said if isinstance(message, Grant)]
         return read, grant
+
+
+@pytest.mark.parametrize(
+    ("theirs", "reason", "sentence"),
+    [
+        ({"rank": 1}, "rank", "it is rank 1, this engine rank 0"),
+        ({"tp_size": 2}, "tp_size", "its --tp-size is 2, this server's 1"),
+        ({"rank": 1, "tp_size": 2}, "tp_size", "give both servers the same"),
+    ],
+)
+def test_an_engine_of_another_rank_or_width_is_offered_nothing(
+    caplog: pytest.LogCaptureFixture, theirs: dict[str, int], reason: str, sentence: str
+) -> None:
+    desk = Desk()
+    counted = metrics.FALLBACKS.value(reason=reason)
+    desk.greet(**theirs)
+    assert [message.reason for message in desk.said if isinstance(message, NoOffer)] == [NoOfferReason.VERSION]
+    assert metrics.FALLBACKS.value(reason=reason) == counted + 1
+    assert sentence in caplog.text
 
 
 @pytest.mark.parametrize("word", [Fail, Cancelled])

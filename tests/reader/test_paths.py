@@ -242,7 +242,8 @@ def test_no_endpoint_lets_the_request_go_on(cluster: Cluster) -> None:
 
 def test_an_endpoint_that_is_never_found_lets_the_request_go_on(cluster: Cluster) -> None:
     decode = cluster.decode()
-    decode.reads.accepted(1, object(), match_pages=0, held_slots=[], held_hashes=[])
+    read = decode.reads.accepted(1, object(), match_pages=0, held_slots=[], held_hashes=[])
+    decode.reads.sought(read)
     assert decode.reads.pending(1)
     decode.settle(1, within_s=2 * CONFIG.hello_silence_s)
     cluster.check()

@@ -134,7 +134,8 @@ def test_a_read_over_real_sockets(closing: ExitStack, policy: str) -> None:
     pair.check("prefill-1", ours, PAGES)
     assert set(pair.storage.reads.values()) == {1}
     assert not pair.decode.pending(7)
-    wait_for(lambda: pair.decode.over() or not pair.decode.reads)
+    wait_for(lambda: pair.decode.standing(read).over)
+    pair.decode.forget(read)
     assert pair.reserve.free == pair.reserve.size
     assert not pair.errors
 

@@ -70,6 +70,26 @@ def test_the_dualpath_pair_is_the_stock_pair_plus_one_flag(model: Path) -> None:
         assert with_flag == [*without, "--kv-connector", "dualpath"]
 
 
+def test_a_server_of_several_ranks_is_told_how_many_and_where(model: Path) -> None:
+    spec = ServerSpec(role="prefill", tp_size=2, dp_size=2)
+    command = server_command(spec, PREFILL, STORE, model)
+    assert flag(command, "--tp-size") == flag(command, "--dp-size") == "2"
+    cores = server_environment(spec, PREFILL, STORE, {})["SGLANG_CPU_OMP_THREADS_BIND"].split("|")
+    assert len(cores) == 4
+    assert all(core.isdigit() for core in cores)
+
+
+def test_a_server_of_one_rank_has_the_command_line_of_one(model: Path) -> None:
+    command = server_command(ServerSpec(role="prefill"), PREFILL, STORE, model)
+    assert not {"--tp-size", "--dp-size"} & set(command)
+    assert "SGLANG_CPU_OMP_THREADS_BIND" not in server_environment(ServerSpec(role="prefill"), PREFILL, STORE, {})
+
+
+def test_every_rank_takes_memory() -> None:
+    one, two = (ServerSpec(role="prefill", tp_size=size).memory_bytes(16_384) for size in (1, 2))
+    assert two > one + 24_000 * 16_384
+
+
 def test_a_decode_server_without_hicache_has_no_storage(model: Path) -> None:
     _, decode = stock_pair(decode_hicache=False)
     command = server_command(decode, DECODE, STORE, model)

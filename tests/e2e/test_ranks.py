@@ -1,0 +1,129 @@
+"""Tensor parallel 2, one rank held up: no request waits longer than it may, or differs, and no rank leaks a page."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from benchmarks.testbed.cluster import Cluster, ClusterSpec
+from benchmarks.testbed.servers import ServerSpec
+from benchmarks.testbed.store import StoreSpec
+from tests.e2e.conftest import REPOSITORY, calm_flags, log_dir
+from tests.e2e.counters import count
+from tests.e2e.cover import Model
+from tests.e2e.faulty_store import ROLE_ENV
+from tests.e2e.prompts import Outputs, Prompts, ask, ask_all
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+REQUESTS = 200
+AT_ONCE = 8
+DEADLINE_S = 20.0
+# Device and host memory hold some of the prompts, so that most requests read from storage.
+SETTINGS = {"max_total_tokens": 8192, "hicache_ratio": 1.3, "chunked_prefill_tokens": 4096, "tp_size": 2}
+RANKS = ("prefill.0", "prefill.1", "decode.0", "decode.1")
+
+
+class Pair:
+    """A pair of servers of two ranks each, what it answers undisturbed, and what tests do to it."""
+
+    def __init__(self, cluster: Cluster, prompts: Prompts) -> None:
+        self.cluster = cluster
+        self.prompts = prompts
+        assert cluster.store is not None
+        assert cluster.store.directory is not None
+        self._directory = cluster.store.directory.parent
+        self.expected: Outputs = ask_all(cluster, prompts)
+
+    def hold_up(self, kind: str, delay_s: float, *ranks: str) -> None:
+        """Delay each store read of a page, push or message (`kind`) of these ranks from now on."""
+        (self._directory / "faults.json").write_text(json.dumps({rank: {kind: delay_s} for rank in ranks}))
+
+    def free(self) -> dict[str, int]:
+        """Tokens that are free in the host pool of each rank."""
+        return {rank: int((self._directory / f"free-{rank}").read_text()) for rank in RANKS}
+
+
+@pytest.fixture(scope="module", params=["gqa", "mla"])
+def pair(request: pytest.FixtureRequest, model_path: Callable[[Model], Path]) -> Iterator[Pair]:
+    model: Model = request.param
+    source = random.Random("ranks")
+    prompts = {f"prompt-{n}": source.choices(range(256), k=source.randrange(700, 1500)) for n in range(16)}
+    flags = (
+        "--dualpath-policy", "tests.e2e.policies:Sharing", "--dualpath-chunk-bytes", "262144",
+        "--dualpath-read-deadline", str(DEADLINE_S), *calm_flags(2),
+    )  # fmt: skip
+
+    def server(role: str) -> ServerSpec:
+        return ServerSpec(
+            role=role,  # type: ignore[arg-type]
+            kv_connector="dualpath",
+            extra_flags=flags,
+            extra_env={
+                ROLE_ENV: role,
+                "PYTHONPATH": str(REPOSITORY),
+                "SGLANG_ENABLE_RANK_CONSENSUS_CHECKER": "1",  # ends a server whose ranks do not do the same
+            },
+            **SETTINGS,  # type: ignore[arg-type]
+        )
+
+    backend = {"backend_name": "faulty", "module_path": "tests.e2e.faulty_store", "class_name": "FaultyStore"}
+    spec = ClusterSpec(
+        model=model_path(model),
+        servers=(server("prefill"), server("decode")),
+        store=StoreSpec(kind="dynamic", extra_config={**backend, "interface_v1": 1}),
+    )
+    with Cluster(spec, log_dir=log_dir(f"ranks-{model}")) as cluster:
+        yield Pair(cluster, prompts)
+
+
+# One rank of each server at a time, so that either side's ranks end in either order. Undisturbed, a page takes 1 ms to
+# read and a chunk 2 ms to push.
+@pytest.mark.parametrize(
+    ("kind", "delay_s", "ranks"),
+    [
+        ("page_s", 0.01, ("prefill.0", "decode.1")),
+        ("hop_s", 0.1, ("decode.1",)),
+        ("control_s", 0.05, ("prefill.1", "decode.1")),
+    ],
+    ids=["store read", "hop", "control"],
+)
+def test_one_rank_held_up(pair: Pair, kind: str, delay_s: float, ranks: tuple[str, ...]) -> None:
+    cluster = pair.cluster
+    cluster.flush()
+    time.sleep(1.0)
+    free = pair.free()
+    before = count(cluster)
+    pair.hold_up(kind, delay_s, *ranks)
+    work = random.Random(kind).choices(list(pair.prompts), k=REQUESTS)
+
+    def one(name: str) -> tuple[bool, float]:
+        start = time.monotonic()
+        right = ask(cluster, pair.prompts[name]) == pair.expected[name]
+        return right, time.monotonic() - start
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        ends = list(pool.map(one, work))
+    pair.hold_up(kind, 0.0)
+    assert sum(not right for right, _ in ends) == 0
+    assert max(seconds for _, seconds in ends) < DEADLINE_S + 5
+    seen = count(cluster).since(before)
+    assert seen.total("read_bytes_total", "decode") > 0, "the decode engines were meant to take part"
+    cluster.flush()
+    deadline = time.monotonic() + 20
+    while (left := pair.free()) != free and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert left == free
+    assert [count(cluster).total("reserve_slots", state) for state in ("backing", "quarantined")] == [0, 0]
+
+
+def test_ranks_have_equally_many_host_pages(pair: Pair) -> None:
+    free = pair.free()
+    assert free["prefill.0"] == free["prefill.1"]
+    assert free["decode.0"] == free["decode.1"]
