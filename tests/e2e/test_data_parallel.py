@@ -17,7 +17,7 @@ from tests.e2e.prompts import Prompts, ask_all, differences
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
-ROW = Row("file", "gateway", "gqa", "tp1")
+ROW = Row("file", "gateway", "gqa", "mooncake", "tp1")
 
 
 # By the room's number, which both servers know; or by turns, when decode servers ask the bootstrap server who has it.
