@@ -61,7 +61,10 @@ class Carriage:
                 return chunk.given_up
             # After its lease the slots may be another writer's. A freeze between this line and the push is what the
             # prefill engine's quarantine of taken-back slots is for.
-            return "lease over before the push" if self._state.clock() >= chunk.deadline_s else None
+            if self._state.clock() >= chunk.deadline_s:
+                chunk.given_up, chunk.lease_lost = "lease over before the push", True
+                self._state.lost_lease(chunk.read, "lease_over_unpushed")
+            return chunk.given_up
 
     def was_read(self, chunk: Chunk, good_pages: int, seconds: float) -> None:
         """A storage read ended with so many good pages; they are this engine's to keep."""
@@ -110,16 +113,19 @@ class Carriage:
         if chunk.given_up is None and prefetch is not None and prefetch.is_cancelled():
             # SGLang frees what it was told of an operation as soon as it has marked it as terminated.
             chunk.given_up = "the request was aborted"
-        overdue = self._state.clock() >= chunk.deadline_s
-        return chunk.given_up or ("lease over during the push" if overdue else None)
+        if chunk.given_up is None and self._state.clock() >= chunk.deadline_s:
+            chunk.lease_lost = True
+            self._state.lost_lease(chunk.read, "lease_over_pushing")
+            return "lease over during the push"
+        return chunk.given_up
 
     def _failed(self, chunk: Chunk, error: str, drain_s: float) -> None:
         read, claim_id = chunk.read, chunk.grant.claim_id
         fail = Fail(read.room, chunk.grant.attempt, claim_id, clip(error))
-        if chunk.given_up is None:
+        if chunk.given_up is None and not chunk.lease_lost:
             logger.warning("Push for room %s failed: %s", read.room, error)
             self._state.fall_back(read, "push_failed")
-        else:
+        elif not chunk.lease_lost:
             self._state.end(read, "given_up")
         if drain_s > 0:
             # Unsaid for so long, and the prefill engine takes the claim back by its lease, into quarantine.

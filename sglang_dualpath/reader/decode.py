@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 # How often a waiting thread looks whether SGLang cancelled its operation, which wakes nobody.
 _CANCEL_POLL_S = 0.05
 _GAUGES_S = 1.0
+# In leases.
+_HANGING = 0.2
 
 
 class DecodeReads(DecodeState):
@@ -276,6 +278,17 @@ class DecodeReads(DecodeState):
             # The prefill engine lives, but claim or answer got lost: ask again.
             for number in overdue:
                 del read.requested[number]
+            self._end_if_push_hangs(read, clock)
+
+    def _end_if_push_hangs(self, read: DecodeRead, clock: float) -> None:
+        """Nothing is granted while a push outlasts its lease, and the requests behind must not wait for it."""
+        for chunk in read.busy:
+            if not chunk.reading and clock >= chunk.deadline_s:
+                chunk.overdue_s = clock if chunk.overdue_s is None else chunk.overdue_s
+                # One that ends soon was held up by a frozen process, this one for example.
+                if clock >= chunk.overdue_s + _HANGING * self.config.lease_s:
+                    self.fall_back(read, "push_hangs")
+                    break
 
     def _give_up(self, read: DecodeRead, why: str) -> None:
         self.say(read, Bye(read.room, read.attempt))

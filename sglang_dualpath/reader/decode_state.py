@@ -19,6 +19,9 @@ from sglang_dualpath.reader.pump import ClaimPump
 
 logger = logging.getLogger(__name__)
 
+# Two freezes with all claims in flight. The prefill engine has a limit of its own, by its own clock.
+_LEASES_TO_LOSE = 8
+
 
 @dataclass(kw_only=True, eq=False)
 class DecodeState:
@@ -63,9 +66,21 @@ class DecodeState:
 
     def fall_back(self, read: DecodeRead, reason: str) -> None:
         """Claim no more for this read because of a fault, which is counted and logged."""
+        self.note_fallback(read, reason)
+        self.end(read, reason)
+
+    def lost_lease(self, read: DecodeRead, reason: str) -> None:
+        """A chunk was late by this engine's clock. Others read it; too many of them, and they read all."""
+        read.leases_lost += 1
+        if read.leases_lost > _LEASES_TO_LOSE:
+            self.fall_back(read, reason)
+        else:
+            self.note_fallback(read, reason)
+
+    def note_fallback(self, read: DecodeRead, reason: str) -> None:
+        """Count and log a fault that others make good."""
         metrics.FALLBACKS.add(reason=reason)
         logger.warning("DualPath falls back (%s) for room %s, prefill at %s.", reason, read.room, read.endpoint)
-        self.end(read, reason)
 
     def end(self, read: DecodeRead, why: str) -> None:
         """Claim no more for this read, and carry only what is in work already."""
@@ -118,7 +133,5 @@ class DecodeState:
         for read in self.reads.values():
             overdue = [chunk for chunk in read.granted if now >= chunk.deadline_s]
             for chunk in overdue:
-                read.granted.remove(chunk)
-                self.last_word(read, Fail(read.room, chunk.grant.attempt, chunk.grant.claim_id, "lease over unread"))
-            if overdue:
-                self.fall_back(read, "lease_over_unread")
+                self.drop(chunk)
+                self.lost_lease(read, "lease_over_unread")

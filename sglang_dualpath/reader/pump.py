@@ -84,6 +84,8 @@ class ClaimPump:
 def _may_claim(read: DecodeRead, now_s: float) -> bool:
     if read.ended is not None or read.offer is None or now_s < read.claim_again_s:
         return False
+    if any(chunk.lease_lost for chunk in read.busy):
+        return False  # refused until the last word on it
     # Without host pages only what is held in memory can be served, one claim at a time: a second could be granted
     # pages that must be read.
     return read.takes_storage or (read.memory_left > 0 and not read.requested)
