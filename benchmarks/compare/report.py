@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from benchmarks.compare.schema import Ratios, Result
 from benchmarks.testbed import KV_BYTES_PER_TOKEN
 
@@ -31,6 +33,7 @@ def markdown(result: Result, plots: tuple[str, ...] = ()) -> str:
         "link just before, in the middle 80 % of the run. Read: payload per hit byte, by DualPath's own counters where "
         "it runs and by the links elsewhere. Written: everything the servers sent to storage, also after the job.",
         "",
+        *_fallbacks(result),
         *_ratios(result),
         *_sustained(result),
         "## What was checked",
@@ -67,6 +70,19 @@ def _systems(result: Result) -> list[str]:
             f"| {result.hit_tokens[system] * KV_BYTES_PER_TOKEN / 1e9:.2f} | {result.cpu_busy[system]:.0%} |"
         )
     return rows
+
+
+def _fallbacks(result: Result) -> list[str]:
+    lines = []
+    for system in result.systems:
+        counts: Counter[str] = Counter()
+        for repetition in result.repetitions:
+            if repetition.system == system:
+                counts.update(repetition.fallbacks)
+        if counts:
+            reasons = ", ".join(f"{reason} {count}" for reason, count in counts.most_common())
+            lines += [f"Fallbacks of {system} in all repetitions: {reasons}.", ""]
+    return lines
 
 
 def _ratios(result: Result) -> list[str]:

@@ -105,6 +105,8 @@ class Repetition(msgspec.Struct):
     failed: int
     start_s: float
     """Time that servers and router took to come up; 0 when they were up already."""
+    fallbacks: dict[str, int] = msgspec.field(default_factory=dict)
+    """How often DualPath went on without something that it had counted on, by reason, all servers together."""
 
 
 class Ratios(msgspec.Struct):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -44,11 +45,9 @@ class Turns:
             for number_of_pass in range(self.settings.passes)
             for requests in requests_of(self.workload, f"{number}.{number_of_pass}")
         ]
-        counted = self._counted_read_bytes()
+        counted, fallbacks = self._counted_read_bytes(), self._fallbacks()
         before = self.target.link_bytes()
-        sampler = Sampler(
-            self.target.counters(), every_s=self.settings.sample_s, groups=self.target.process_groups()
-        )
+        sampler = Sampler(self.target.counters(), every_s=self.settings.sample_s, groups=self.target.process_groups())
         sampler.start()
         zero = time.perf_counter()
         try:
@@ -58,6 +57,7 @@ class Turns:
             samples = sampler.stop(zero)
         after = self.target.link_bytes()
         counted = {name: value - counted[name] for name, value in self._counted_read_bytes().items()}
+        fallbacks = self._fallbacks() - fallbacks
         self.target.flush()
         written = _added(self.target.link_bytes(), before)
         if not keep:
@@ -88,6 +88,7 @@ class Turns:
             base_ttft_s=base_ttft_s,
             failed=self._failed(agents, records),
             start_s=start_s,
+            fallbacks=dict(fallbacks),
         )  # fmt: skip
 
     def sustained(self) -> Sustained:
@@ -206,6 +207,15 @@ class Turns:
             return {}
         return {name: round(metric_sum(self.target.metrics(name), "sglang_dualpath_read_bytes_total"))
                 for name in self.target.names}  # fmt: skip
+
+    def _fallbacks(self) -> Counter[str]:
+        counts: Counter[str] = Counter()
+        if is_dualpath(self.system):
+            for name in self.target.names:
+                for (metric, labels), value in self.target.metrics(name).items():
+                    if metric == "sglang_dualpath_fallbacks_total":
+                        counts[dict(labels)["reason"]] += round(value)
+        return counts
 
     @staticmethod
     def _failed(agents: Sequence[Sequence[Request]], records: Sequence[Record]) -> int:
