@@ -121,6 +121,7 @@ class Ratios(msgspec.Struct):
     ttft_p50: float | None = None
     ttft_p99: float | None = None
     tpot_p50: float | None = None
+    itl_mean: float | None = None
 
 
 class Trial(msgspec.Struct):

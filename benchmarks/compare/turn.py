@@ -46,6 +46,7 @@ class Turns:
             for requests in requests_of(self.workload, f"{number}.{number_of_pass}")
         ]
         counted, fallbacks = self._counted_read_bytes(), self._fallbacks()
+        token_times = self._token_times()
         before = self.target.link_bytes()
         sampler = Sampler(self.target.counters(), every_s=self.settings.sample_s, groups=self.target.process_groups())
         sampler.start()
@@ -58,12 +59,15 @@ class Turns:
         after = self.target.link_bytes()
         counted = {name: value - counted[name] for name, value in self._counted_read_bytes().items()}
         fallbacks = self._fallbacks() - fallbacks
+        seconds, tokens = (now - then for now, then in zip(self._token_times(), token_times, strict=True))
+        itl_mean_s = seconds / tokens if tokens else None
         self.target.flush()
         written = _added(self.target.link_bytes(), before)
         if not keep:
             self.target.suspend()
         self._set_read_times(records, samples, probed, base_ttft_s)
         measured = latencies(records)
+        measured.itl_mean_s = itl_mean_s
         if len(windows_s) > 1:  # dropping caches between rounds is not the job's time
             measured.jct_s = sum(end - begin for begin, end in windows_s)
             tokens = sum(record.prompt_tokens + record.output_tokens for record in records if record.error is None)
@@ -207,6 +211,13 @@ class Turns:
             return {}
         return {name: round(metric_sum(self.target.metrics(name), "sglang_dualpath_read_bytes_total"))
                 for name in self.target.names}  # fmt: skip
+
+    def _token_times(self) -> tuple[float, float]:
+        """Sum of the times between tokens, and their number, over all decode servers so far."""
+        metrics = [self.target.metrics(name) for name in self.target.names if name.startswith("decode")]
+        what = "sglang:inter_token_latency_seconds_"
+        seconds, tokens = (sum(metric_sum(one, what + part) for one in metrics) for part in ("sum", "count"))
+        return seconds, tokens
 
     def _fallbacks(self) -> Counter[str]:
         counts: Counter[str] = Counter()

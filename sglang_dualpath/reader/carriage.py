@@ -25,7 +25,9 @@ class Carriage:
             chunk = self._take_chunk(memory_only)
             if chunk is None and not self._state.stopped:
                 self._state.pump()
-                self._state.lock.wait(timeout_s)
+                # Nothing else wakes for a claim that is to be repeated, and the NIC may idle until then.
+                repeat_s = self._state.claims.repeat_in_s(self._state.reads, self._state.clock())
+                self._state.lock.wait(min(timeout_s, repeat_s))
                 chunk = self._take_chunk(memory_only)
             return chunk
 

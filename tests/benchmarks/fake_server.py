@@ -66,7 +66,9 @@ class FakeServer:
     async def _metrics(self, _: web.Request) -> web.Response:
         lines = [f"sglang_dualpath_read_bytes_total {float(self.read_bytes)}",
                  f'sglang_dualpath_fallbacks_total{{reason="lease_expired"}} {float(len(self.prompts))}',
-                 'sglang_dualpath_fallbacks_total{reason="no_hello"} 7.0']  # fmt: skip
+                 'sglang_dualpath_fallbacks_total{reason="no_hello"} 7.0',
+                 f"sglang:inter_token_latency_seconds_sum {3.0 + 0.5 * len(self.prompts)}",
+                 f"sglang:inter_token_latency_seconds_count {100 + 25 * len(self.prompts)}"]  # fmt: skip
         return web.Response(text="\n".join(lines) + "\n")
 
     async def _serve(self, ready: threading.Event, ended: asyncio.Event) -> None:

@@ -65,6 +65,13 @@ def test_fallbacks_of_the_measured_part_are_reported(server: Any, monkeypatch: p
     assert "Fallbacks of dualpath:split in all repetitions: lease_expired 24." in markdown(result)
 
 
+def test_the_decode_server_s_own_time_between_tokens_is_that_of_the_measured_part(
+    server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = run_small(server, monkeypatch)
+    assert [one.measured.itl_mean_s for one in result.repetitions] == pytest.approx([0.02, 0.02])
+
+
 def test_caches_are_dropped_before_and_between_rounds(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     run_small(server, monkeypatch, repetitions=1)
     # Of two servers: after filling, after warming up, between two rounds, after the job.

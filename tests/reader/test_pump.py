@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 import pytest
 import torch
@@ -90,6 +92,16 @@ def test_a_refused_read_waits_before_it_asks_again() -> None:
     read.claim_again_s = 5.0
     assert claims([read], now_s=4.9) == []
     assert claims([read], now_s=5.0) == [1, 1]
+
+
+def test_a_refused_claim_is_repeated_when_it_is_due() -> None:
+    first, second, over = open_read(1), open_read(2), open_read(3)
+    first.claim_again_s, second.claim_again_s, over.claim_again_s, over.ended = 7.0, 6.5, 6.1, "met"
+    reads = {1: first, 2: second, 3: over}
+    pump = ClaimPump(CONFIG)
+    assert pump.repeat_in_s(reads, 6.0) == 0.5
+    assert pump.repeat_in_s(reads, 6.5) == 0.5
+    assert pump.repeat_in_s(reads, 7.0) == math.inf
 
 
 def test_chunks_in_memory_are_carried_first() -> None:
