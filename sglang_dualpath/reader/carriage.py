@@ -86,10 +86,10 @@ class Carriage:
             self._state.lock.notify_all()
         metrics.READ_BYTES.add(chunk.read_bytes, engine_role="decode", path="decode")
 
-    def pushed(self, chunk: Chunk, error: str | None, *, took_s: float = 0.0, drain_s: float = 0.0) -> None:
+    def pushed(self, chunk: Chunk, error: str | None, *, took_s: float = 0.0, drain_s: float | None = None) -> None:
         """A chunk's push ended after ``took_s``, or was not tried (``error``).
 
-        Bytes of a failed one may arrive for ``drain_s`` more.
+        One that the transfer engine failed comes with ``drain_s``, for which bytes of it may still arrive.
 
         The first word on a chunk is the last one: another call changes nothing.
         """
@@ -121,15 +121,17 @@ class Carriage:
             return "lease over during the push"
         return chunk.given_up
 
-    def _failed(self, chunk: Chunk, error: str, drain_s: float) -> None:
+    def _failed(self, chunk: Chunk, error: str, drain_s: float | None) -> None:
         read, claim_id = chunk.read, chunk.grant.claim_id
         fail = Fail(read.room, chunk.grant.attempt, claim_id, clip(error))
-        if chunk.given_up is None and not chunk.lease_lost:
+        if chunk.lease_lost and drain_s is None:
+            pass  # counted where it was seen
+        elif chunk.given_up is None or chunk.lease_lost:
             logger.warning("Push for room %s failed: %s", read.room, error)
             self._state.fall_back(read, "push_failed")
-        elif not chunk.lease_lost:
+        else:
             self._state.end(read, "given_up")
-        if drain_s > 0:
+        if drain_s:
             # Unsaid for so long, and the prefill engine takes the claim back by its lease, into quarantine.
             self._state.draining.append((self._state.clock() + drain_s, read.endpoint, fail))
         elif chunk.given_up is None:

@@ -251,6 +251,7 @@ class DecodeReads(DecodeState):
             for read in list(self.reads.values()):
                 if read.ended is None:
                     self._look_after(read, clock)
+            self._end_where_pushes_hang(clock)
             due, self.draining = (
                 [word for word in self.draining if clock >= word[0]],
                 [word for word in self.draining if clock < word[0]],
@@ -278,17 +279,28 @@ class DecodeReads(DecodeState):
             # The prefill engine lives, but claim or answer got lost: ask again.
             for number in overdue:
                 del read.requested[number]
-            self._end_if_push_hangs(read, clock)
 
-    def _end_if_push_hangs(self, read: DecodeRead, clock: float) -> None:
-        """Nothing is granted while a push outlasts its lease, and the requests behind must not wait for it."""
-        for chunk in read.busy:
-            if not chunk.reading and clock >= chunk.deadline_s:
-                chunk.overdue_s = clock if chunk.overdue_s is None else chunk.overdue_s
-                # One that ends soon was held up by a frozen process, this one for example.
-                if clock >= chunk.overdue_s + _HANGING * self.config.lease_s:
-                    self.fall_back(read, "push_hangs")
-                    break
+    def _end_where_pushes_hang(self, clock: float) -> None:
+        """Requests must not wait for a push that outlasts its lease: until it ends, its read is granted nothing.
+
+        Nor are other reads, once all that may be under way to one prefill engine waits behind it.
+        """
+        late = [
+            chunk
+            for read in self.reads.values()
+            for chunk in read.busy
+            if not chunk.reading and clock >= chunk.deadline_s
+        ]
+        for chunk in late:
+            chunk.overdue_s = clock if chunk.overdue_s is None else chunk.overdue_s
+        # One that ends soon was held up by a frozen process, this one for example.
+        hanging = [chunk for chunk in late if clock >= (chunk.overdue_s or 0.0) + _HANGING * self.config.lease_s]
+        stuck = {chunk.read.room for chunk in hanging}
+        blocked = {chunk.read.endpoint for chunk in hanging}
+        for read in list(self.reads.values()):
+            starves = read.takes_storage and not (read.requested or read.granted) and read.endpoint in blocked
+            if read.ended is None and (read.room in stuck or starves):
+                self.fall_back(read, "push_hangs")
 
     def _give_up(self, read: DecodeRead, why: str) -> None:
         self.say(read, Bye(read.room, read.attempt))

@@ -148,7 +148,8 @@ class DecodeMessages:
             # Unless it is in hand, its last word was said, and lost or late: say it again. Or its grant was overtaken.
             read.cancelled.add(cancel.claim_id)
             self._cancelled(read.endpoint, cancel, cancel.claim_id)
-        # A claim alone is cancelled when its lease has run out. Others may be granted for as long as the read is open.
+        # A claim alone is cancelled when its lease has run out, and others may be granted as long as the read is open.
+        # When the read ends, too; then NoOffer follows.
         if cancel.claim_id is None and cancel.attempt == read.attempt:
             self._state.end(read, "cancelled_by_prefill")
 

@@ -19,9 +19,6 @@ from sglang_dualpath.reader.pump import ClaimPump
 
 logger = logging.getLogger(__name__)
 
-# Two freezes with all claims in flight. The prefill engine has a limit of its own, by its own clock.
-_LEASES_TO_LOSE = 8
-
 
 @dataclass(kw_only=True, eq=False)
 class DecodeState:
@@ -72,7 +69,8 @@ class DecodeState:
     def lost_lease(self, read: DecodeRead, reason: str) -> None:
         """A chunk was late by this engine's clock. Others read it; too many of them, and they read all."""
         read.leases_lost += 1
-        if read.leases_lost > _LEASES_TO_LOSE:
+        # Two freezes with all claims in flight. The prefill engine has a limit of its own, by its own clock.
+        if read.leases_lost > 2 * self.claims.claims_per_engine:
             self.fall_back(read, reason)
         else:
             self.note_fallback(read, reason)
@@ -134,4 +132,5 @@ class DecodeState:
             overdue = [chunk for chunk in read.granted if now >= chunk.deadline_s]
             for chunk in overdue:
                 self.drop(chunk)
+            for _ in overdue:
                 self.lost_lease(read, "lease_over_unread")

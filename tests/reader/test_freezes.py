@@ -7,6 +7,7 @@ import time
 import msgspec
 import pytest
 
+from sglang_dualpath.errors import TransferError
 from sglang_dualpath.protocol import Done, Grant, Hello, Message
 from tests.reader.cluster import CONFIG, Cluster, prompt, shared_read, wait_for
 
@@ -113,9 +114,9 @@ def test_a_decode_engine_that_is_always_late_ends_its_part(cluster: Cluster) -> 
 def test_an_engine_that_is_always_late_by_its_own_clock_ends_its_part(cluster: Cluster) -> None:
     # Its lease is shorter than the prefill engine's, which never sees one run out.
     cluster.prefill(policy="decode", config=msgspec.structs.replace(CONFIG, lease_s=3.0))
-    decode = cluster.decode(config=msgspec.structs.replace(CONFIG, lease_s=0.1))
+    decode = cluster.decode()
     hashes = cluster.stored("a", 60)
-    decode.hop.latency_s = 0.11
+    decode.hop.latency_s = 1.03 * CONFIG.lease_s
     job = cluster.request(hashes)
     assert job.result() == 60
     job.check()
@@ -138,6 +139,45 @@ def test_a_hanging_push_does_not_hold_up_the_request_on_its_own_server(cluster: 
     decode.hop.gate.set()
     assert job.result() == 200
     job.check()
+    cluster.check()
+
+
+def test_a_hanging_push_does_not_hold_up_other_requests(cluster: Cluster) -> None:
+    # All claims that may be open to one prefill engine wait behind it.
+    prefill, decode = cluster.prefill(), cluster.decode()
+    prompts = [cluster.stored(f"p{room}", 40) for room in (1, 2)]
+    cluster.storage.latency_s = 0.01
+    decode.hop.gate.clear()
+    for room, hashes in enumerate(prompts, 1):
+        decode.request(room, hashes, prefill.name)
+    wait_for(lambda: len(cluster.wire.sent(Hello)) == 2)
+    jobs = [prefill.request(room, hashes) for room, hashes in enumerate(prompts, 1)]
+    for room in (1, 2):
+        decode.settle(room, within_s=2 * CONFIG.lease_s + 0.8)
+    decode.hop.gate.set()
+    for job in jobs:
+        assert job.result() == 40
+        job.check()
+    cluster.check()
+
+
+def test_a_push_that_fails_after_its_lease_ends_the_part_of_the_decode_engine(cluster: Cluster) -> None:
+    def fail(session: str) -> None:
+        time.sleep(1.1 * CONFIG.lease_s)
+        raise TransferError("link down")
+
+    cluster.storage.latency_s = 0.02
+    _, decode = cluster.prefill(), cluster.decode()
+    decode.hop.fault = fail
+    decode.hop.drain_s = 5.0
+    job = cluster.request(cluster.stored("a", 200))
+    wait_for(lambda: cluster.fallbacks("push_failed") == 1)
+    assert decode.reads.reads[1].ended is not None
+    decode.hop.fault = lambda session: None
+    assert job.result() == 200
+    job.check()
+    decode.settle(1)
+    wait_for(lambda: not decode.reads.draining, "last words said")
     cluster.check()
 
 
