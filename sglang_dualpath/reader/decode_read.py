@@ -67,6 +67,10 @@ class Chunk:
     read_bytes: int = 0
     given_up: str | None = None
     """Why its pages may not be counted on any more as the source of a push: it ends without a landing."""
+    lease_lost: bool = False
+    """Others have its pages by now. What it reads is still this engine's to keep, and the read goes on."""
+    overdue_s: float | None = None
+    """When its push was first seen to outlast its lease."""
 
     @property
     def first_page(self) -> int:
@@ -114,6 +118,10 @@ class DecodeRead:
     claim_again_s: float = 0.0
     abandoned: bool = False
     """A flush came over it: the scheduler asks for it no more."""
+    leases_lost: int = 0
+    """Chunks that were late by this engine's own clock."""
+    cancelled: set[int] = field(default_factory=set)
+    """Claims that were cancelled while they were not waiting here. The grant of one may have been overtaken."""
 
     @property
     def attempt(self) -> int:
