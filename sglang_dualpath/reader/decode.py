@@ -105,7 +105,7 @@ class DecodeReads(DecodeState):
         with self.lock:
             if read.phase is Phase.SETTLED:
                 return
-            if read.ended is None and read.memory_left <= 0:
+            if read.ended is None and read.memory_left <= 0 and not read.granted:
                 if read.offer is None:
                     self.say(read, Bye(read.room, read.attempt))
                 else:
@@ -238,13 +238,13 @@ class DecodeReads(DecodeState):
 
     # -- control thread ------------------------------------------------------------------------------------------
 
-    def greet(self, read: DecodeRead, endpoint: str | None) -> None:
-        """The prefill engine's control endpoint was found (None: it has none). Runs on the lookup thread."""
+    def greet(self, read: DecodeRead, endpoint: str | None, why_not: str = "prefill_without_dualpath") -> None:
+        """The prefill engine's control endpoint was found (None: it has none to greet). Runs on any thread."""
         with self.lock:
             if read.phase is not Phase.GREETING or read.ended is not None:
                 return
             if endpoint is None:
-                self.fall_back(read, "prefill_without_dualpath")
+                self.fall_back(read, why_not)
                 self.settle(read)
                 return
             read.endpoint = endpoint

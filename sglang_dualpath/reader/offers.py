@@ -137,13 +137,25 @@ class OfferDesk:
                 # Own readers wait for its reservation to end, which wakes nobody.
                 self._reads.lock.notify_all()
                 if clock >= read.opened_s + self._reads.hello_wait_s:
-                    self._reads.silent_requests += 1
-                    self._reads.fallback("no_hello", read)
-                    self._apply(read, ALONE)
+                    self._without_hello(read)
             self._reassure(clock)
             if clock >= self._gauges_s + _GAUGES_S:
                 self._gauges_s = clock
                 self._measure(clock)
+
+    def _without_hello(self, read: PrefillRead) -> None:
+        """It has waited long enough for its HELLO."""
+        if self._tp_size > 1 and self._hello_of(read) is not None:
+            return  # it came; what is missing is rank 0's word, which comes with its scheduler's next turn
+        if not read.unheard:
+            read.unheard = True
+            self._reads.silent_requests += 1
+            self._reads.fallback("no_hello", read)
+        if self._tp_size > 1 and self._planner.reads_ahead:
+            # A late one is still of use, and who reads is still to be decided by rank 0. Own readers go on meanwhile.
+            read.ledger.leave(_AWAITED, now_s=self._reads.clock())
+        else:
+            self._apply(read, ALONE)
 
     def _reassure(self, clock: float) -> None:
         """Decode engines take silence for death, so those that wait hear something now and then."""
@@ -191,7 +203,8 @@ class OfferDesk:
             if not read.planned:
                 self._plan(read)
             elif read.peer is None and not room.alone and self._planner.reads_ahead:
-                # Late, and still of use: what is left can be shared. Of several ranks none decides that alone.
+                # Late, and still of use: what is left can be shared. Of several ranks none decides that alone; there
+                # such a read is not planned before its HELLO, unless it is to go on alone.
                 shares = self._planner.plan(read, hello) if self._tp_size == 1 else read.shares
                 self._apply(read, shares or ALONE)
             elif read.peer != peer:

@@ -374,7 +374,7 @@ class PrefillReads:
         whole = read.ledger.landed_prefix() == read.prefetch.pages
         others = sum(pages for reader, pages in count.landed_by_reader.items() if reader != OWN)
         own = count.landed_by_reader.get(OWN, 0)
-        if whole and not read.planned and read.attempt == 0 and not self._was_greeted(read):
+        if whole and not (read.planned or read.unheard or read.attempt or self._was_greeted(read)):
             # Its own reader was done before the decode engine spoke, or it has none that speaks.
             self.fallback("no_hello", read)
         outcome = ("split" if own and others else "decode" if others else "prefill") if whole else "short"

@@ -48,6 +48,8 @@ class PrefillRead:
     """Own readers were kept off it for the first moments."""
     planned: bool = False
     """Nothing is awaited any more, and who may claim has been told."""
+    unheard: bool = False
+    """Its HELLO did not come in time, which was counted."""
     own_share: bool = True
     """This engine's own readers have a share; without one they are the fallback for what the decode engine leaves."""
     closed: bool = False

@@ -195,6 +195,7 @@ class DecodeSide:
         manager = self._queue.kv_manager
         pages = _host_pages(scheduler)
         self._ranks = _ranks(scheduler, manager)
+        self._unequal: set[str] = set()
         transport = _transport(manager, pages)
         engine = _engine_id("decode")
         self._lookup = EndpointLookup()
@@ -241,6 +242,10 @@ class DecodeSide:
 
     def _greet(self, read: DecodeRead, receiver: Any, dp_rank: int) -> None:
         """Say HELLO to the engine that has the request: the same tensor-parallel rank of that data-parallel one."""
+        prefill_server = getattr(receiver, "prefill_info", None)  # set when SGLang has it
+        if prefill_server is not None and prefill_server.attn_tp_size != self._ranks.size:
+            self._refuse(read, receiver.bootstrap_addr, prefill_server.attn_tp_size)
+            return
         self.reads.sought(read)
         self._lookup.find(
             receiver.bootstrap_addr,
@@ -248,6 +253,16 @@ class DecodeSide:
             tp_rank=self._ranks.rank,
             then=lambda endpoint: self.reads.greet(read, endpoint),
         )
+
+    def _refuse(self, read: DecodeRead, address: str, tp_size: int) -> None:
+        if address not in self._unequal:
+            self._unequal.add(address)
+            logger.warning(
+                "The prefill server of %s has --tp-size %d, this one %d; pages are pushed rank to rank, so it reads "
+                "alone. Give both servers the same.",
+                address, tp_size, self._ranks.size,
+            )  # fmt: skip
+        self.reads.greet(read, None, "tp_size")
 
     def pending(self, room: int) -> bool:
         return self.reads.pending(room)

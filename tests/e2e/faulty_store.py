@@ -6,7 +6,8 @@ or for one: ``{"decode": {"page_s": 0.02, "error": true, "lose": 5}, "prefill.1"
 said to exist, as after an eviction between query and read. ``hop_s`` delays each push that the rank makes, and
 ``control_s`` each message that it hears: the store is loaded into the rank's process before its reads are set up.
 
-Each rank writes how many tokens of its host pool are free into ``free-<role>.<rank>``, a few times a second.
+Each rank writes how many tokens of its host pool are free into ``free-<role>.<rank>``, a few times a second,
+and how often it delayed what into ``delays-<role>.<rank>``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,12 +41,19 @@ def _delay_reads_of_this_process(fault: Callable[[], Mapping[str, Any]]) -> None
         setattr(cls, method, _late(getattr(cls, method), fault, kind))
 
 
+_delays: Counter[str] = Counter()
+
+
+def _delay(kind: str, delay_s: float) -> None:
+    if delay_s:
+        _delays[kind] += 1
+        time.sleep(delay_s)
+
+
 def _late(original: Callable[..., Any], fault: Callable[[], Mapping[str, Any]], kind: str) -> Callable[..., Any]:
     @functools.wraps(original)
     def late(*args: Any) -> Any:
-        delay_s = fault().get(kind, 0.0)
-        if delay_s:
-            time.sleep(delay_s)
+        _delay(kind, fault().get(kind, 0.0))
         return original(*args)
 
     return late
@@ -68,14 +77,17 @@ class FaultyStore(HiCacheFile):
         return {kind: value for name in self._names for kind, value in faults.get(name, {}).items()}
 
     def _report(self) -> None:
-        path = self._directory / f"free-{self._names[1]}"
         while True:
             time.sleep(0.2)
             pool = getattr(self, "mem_pool_host", None)
             if pool is not None:
-                unfinished = path.with_suffix(".tmp")
-                unfinished.write_text(str(pool.available_size()))
-                unfinished.replace(path)
+                self._write("free", str(pool.available_size()))
+                self._write("delays", json.dumps(_delays))
+
+    def _write(self, what: str, text: str) -> None:
+        unfinished = self._directory / f"{what}-{self._names[1]}.tmp"
+        unfinished.write_text(text)
+        unfinished.replace(self._directory / f"{what}-{self._names[1]}")
 
     def batch_get_v1(self, keys: Sequence[str], host_indices: torch.Tensor, extra_info: Any = None) -> list[bool]:
         fault = self._fault()
@@ -84,7 +96,7 @@ class FaultyStore(HiCacheFile):
         pool = self.mem_pool_host
         good = []
         for number, key in enumerate(keys):
-            time.sleep(fault.get("page_s", 0.0))
+            _delay("page_s", fault.get("page_s", 0.0))
             lost = "lose" in fault and int(key[:8], 16) % fault["lose"] == 0
             page = None if lost else self.get(key, pool.get_dummy_flat_data_page())
             if page is not None:

@@ -65,4 +65,3 @@ def test_both_ranks_share_their_reads_and_outputs_are_those_of_stock(
     assert seen.total("read_bytes_total", "decode") > 0
     assert seen.total("fallbacks_total", "prefill_without_dualpath") == 0
     assert seen.total("fallbacks_total", "prefill_silent") == 0
-    assert seen.total("fallbacks_total", "no_hello") == 0

@@ -45,6 +45,10 @@ class Pair:
         """Delay each store read of a page, push or message (`kind`) of these ranks from now on."""
         (self._directory / "faults.json").write_text(json.dumps({rank: {kind: delay_s} for rank in ranks}))
 
+    def delays(self, kind: str, rank: str) -> int:
+        """How often that was delayed on a rank, ever."""
+        return int(json.loads((self._directory / f"delays-{rank}").read_text()).get(kind, 0))
+
     def free(self) -> dict[str, int]:
         """Tokens that are free in the host pool of each rank."""
         return {rank: int((self._directory / f"free-{rank}").read_text()) for rank in RANKS}
@@ -91,8 +95,9 @@ def pair(request: pytest.FixtureRequest, model_path: Callable[[Model], Path]) ->
         ("page_s", 0.01, ("prefill.0", "decode.1")),
         ("hop_s", 0.1, ("decode.1",)),
         ("control_s", 0.05, ("prefill.1", "decode.1")),
+        ("control_s", 0.05, ("prefill.0", "decode.0")),
     ],
-    ids=["store read", "hop", "control"],
+    ids=["store read", "hop", "control", "control of rank 0"],
 )
 def test_one_rank_held_up(pair: Pair, kind: str, delay_s: float, ranks: tuple[str, ...]) -> None:
     cluster = pair.cluster
@@ -100,6 +105,8 @@ def test_one_rank_held_up(pair: Pair, kind: str, delay_s: float, ranks: tuple[st
     time.sleep(1.0)
     free = pair.free()
     before = count(cluster)
+    delayed = {rank: pair.delays(kind, rank) for rank in ranks}
+    log = len(cluster.server_log("prefill"))
     pair.hold_up(kind, delay_s, *ranks)
     work = random.Random(kind).choices(list(pair.prompts), k=REQUESTS)
 
@@ -115,7 +122,12 @@ def test_one_rank_held_up(pair: Pair, kind: str, delay_s: float, ranks: tuple[st
     assert max(seconds for _, seconds in ends) < DEADLINE_S + 5
     seen = count(cluster).since(before)
     assert seen.total("read_bytes_total", "decode") > 0, "the decode engines were meant to take part"
+    shared = [line for line in cluster.server_log("prefill")[log:].splitlines() if ", split," in line]
+    for number in ("TP0", "TP1"):
+        assert any(number in line for line in shared), f"{number} shared no read"
     cluster.flush()
+    time.sleep(0.5)
+    assert [rank for rank in ranks if pair.delays(kind, rank) <= delayed[rank]] == [], "nothing was held up there"
     deadline = time.monotonic() + 20
     while (left := pair.free()) != free and time.monotonic() < deadline:
         time.sleep(0.5)

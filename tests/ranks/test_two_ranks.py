@@ -10,11 +10,14 @@ from contextlib import contextmanager
 
 import pytest
 
+from sglang_dualpath import metrics
 from sglang_dualpath.errors import TransferError
 from sglang_dualpath.policy import load_policy
-from sglang_dualpath.protocol import Claim, Message, NoOffer, Offer
+from sglang_dualpath.protocol import Claim, Hello, Message, NoOffer, Offer
 from tests.ranks.servers import CONFIG, Request, Servers
 
+NO_HELLO = 'sglang_dualpath_fallbacks_total{reason="no_hello"}'
+DEAF_AFTER = 4
 DEADLINE_S = CONFIG.read_deadline_s + 5.0
 PAGES = 18
 
@@ -85,13 +88,55 @@ def test_a_hello_that_is_late_on_one_rank_is_waited_for(late: int, policy: str) 
         servers.check()
 
 
+def deaf(servers: Servers) -> None:
+    """Prefill engines wait for a HELLO a moment only, as after several that did not come."""
+    for prefill in servers.prefill:
+        prefill.reads.silent_requests = DEAF_AFTER
+
+
 @pytest.mark.parametrize("late", [0, 1])
 def test_a_hello_that_is_too_late_on_one_rank_is_refused_on_all(late: int) -> None:
     with running("decode") as servers:
-        servers.greeting_s[late] = CONFIG.hello_silence_s * 2
+        deaf(servers)
+        servers.greeting_s[late] = CONFIG.hello_silence_s / 2
+        for storage in servers.storages:
+            storage.latency_s = 0.05  # prefill is still reading when it comes
         done, promised = one_request(servers)
         assert done == [PAGES, PAGES]
         assert promised == [0, 0]
+        assert [len(wire.sent(Hello)) for wire in servers.wires] == [1, 1]
+        assert sent(servers, NoOffer)[late] == 1
+        servers.check()
+
+
+@pytest.mark.parametrize("late", [(0,), (1,), (0, 1)], ids=str)
+def test_a_late_hello_gets_a_share_of_what_is_left(late: tuple[int, ...]) -> None:
+    with running("split") as servers:
+        deaf(servers)
+        for rank in late:
+            servers.greeting_s[rank] = CONFIG.hello_silence_s / 2
+        for storage in servers.storages:
+            storage.latency_s = 0.05
+        done, promised = one_request(servers)
+        assert done == [PAGES, PAGES]
+        assert promised[0] == promised[1]
+        assert all(sent(servers, Offer))
+        assert all(rank.hop.pushes for rank in servers.decode)
+        servers.check()
+
+
+def test_a_scheduler_that_takes_its_time_is_no_missing_hello() -> None:
+    """Rank 0 decides in its scheduler's turns, and one of those may take longer than a HELLO is waited for."""
+    with running("decode") as servers:
+        deaf(servers)
+        for prefill in servers.prefill:
+            prefill.stall = lambda: time.sleep(0.2)
+        before = metrics.snapshot().get(NO_HELLO, 0.0)
+        done, promised = one_request(servers)
+        assert done == [PAGES, PAGES]
+        assert promised[0] == promised[1]
+        assert all(sent(servers, Offer))
+        assert metrics.snapshot().get(NO_HELLO, 0.0) == before
         servers.check()
 
 

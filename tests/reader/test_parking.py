@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from sglang_dualpath.reader.decode_read import Answer
 from tests.reader.cluster import Cluster, wait_for
 
 
@@ -47,13 +48,14 @@ def test_a_read_that_is_parked_again_at_decode_counts_once(cluster: Cluster, cap
     with caplog.at_level("INFO"):
         read = decode.request(1, hashes, prefill.name)
         job = prefill.request(1, hashes)
-        wait_for(lambda: read in decode.reads.take_offers())
+        wait_for(lambda: decode.reads.standing(read).answer is Answer.OFFER)
         for reason in ("prefetch_rate_limited", "host_pool_full", "host_pool_full"):
             decode.reads.parked(read, 0.0, reason)
-            assert read in decode.reads.take_offers()
+            assert decode.reads.standing(read).answer is Answer.OFFER
         decode.reads.without_prefetch(read, "enough of it")
     assert job.result() == 6
     assert parked(cluster, "decode", "prefetch_rate_limited") == 1
     assert parked(cluster, "decode", "host_pool_full") == 0
     assert lines(caplog) == ["DualPath read of room 1 waits (prefetch_rate_limited)."]
-    decode.reads.over()
+    wait_for(lambda: decode.reads.standing(read).over)
+    decode.reads.forget(read)

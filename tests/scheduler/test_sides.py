@@ -20,7 +20,7 @@ class Decode:
 
     def __init__(self, rank: int = 0) -> None:
         self.sought: list[object] = []
-        self.greeted: list[tuple[object, str]] = []
+        self.greeted: list[tuple[object, ...]] = []
         self.receiver: Any = SimpleNamespace(bootstrap_addr=ADDRESS)
         self.req: Any = SimpleNamespace(bootstrap_room=ROOM)
         side: Any = object.__new__(DecodeSide)
@@ -29,8 +29,9 @@ class Decode:
         )
         side._ranks = SimpleNamespace(rank=rank, size=2)
         side._lookup = SimpleNamespace(find=self._find)
+        side._unequal = set()
         side.reads = SimpleNamespace(
-            sought=self.sought.append, greet=lambda read, endpoint: self.greeted.append((read, endpoint))
+            sought=self.sought.append, greet=lambda read, endpoint, *why: self.greeted.append((read, endpoint, *why))
         )
         side.path = SimpleNamespace(accept=self._accept, read_for=self._read_for)
         self.side: DecodeSide = side
@@ -63,6 +64,18 @@ def test_hello_waits_until_sglang_knows_the_data_parallel_rank() -> None:
     assert not decode.sought, "a prefill engine that nobody has asked is not silent"
     decode.side.located(ROOM, decode.receiver, 1)
     assert decode.greeted == [("read", f"{ADDRESS} dp 1 tp 0")]
+
+
+def test_a_prefill_server_of_another_tensor_parallel_size_is_not_greeted(caplog: pytest.LogCaptureFixture) -> None:
+    decode = Decode()
+    decode.side.added(decode.req)
+    decode.receiver.prefill_info = SimpleNamespace(attn_tp_size=4)
+    for _ in range(2):
+        decode.side.located(ROOM, decode.receiver, 0)
+    assert decode.greeted == [("read", None, "tp_size")] * 2
+    assert not decode.sought
+    (record,) = caplog.records
+    assert "--tp-size 4, this one 2" in record.getMessage()
 
 
 def test_a_receiver_without_a_read_greets_nobody() -> None:
