@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from sglang_dualpath.compat import native
 from sglang_dualpath.compat.seams import Seam
 
 _SRT = "sglang.srt."
@@ -144,7 +145,7 @@ SEAMS: tuple[Seam, ...] = (
     Seam(_CONTROLLER + ".attach_storage_backend", "storage attach", "wraps the page getter and setter", _HANDLE),
     Seam(_CONTROLLER + "._page_transfer", "prefetch transfer", "knows when it is over", _HANDLE, ("operation",)),
     Seam(_CONTROLLER + "._storage_hit_query", "storage hit query", "adds pages that the decode engine holds",
-         "hit queries are pluggable", ("operation",)),
+         _HANDLE, ("operation",), native=native.STORAGE_REQUEST_HANDLE),
     Seam(_CONTROLLER + ".prefetch_rate_limited", "prefetch rate limit", "parks what is declined for now", _PARKING),
     Seam(_CONTROLLER + ".parse_storage_backend_extra_config", "store settings", "reads them as SGLang does",
          _WITH_OURS, ("storage_backend_extra_config",)),
@@ -225,9 +226,10 @@ _MOONCAKE_SEAMS: tuple[Seam, ...] = (
     Seam(_MOONCAKE + ".MooncakeKVManager", "transfer engine", "the hop uses it too", "never", attribute="engine"),
     Seam(_COMMON + "CommonKVManager.check_status", "status of a transfer",
          "upstream's transfer worker ends with a KeyError when its room is cleared while it looks",
-         "upstream's worker survives that", ("bootstrap_room",)),
+         "upstream's worker survives that", ("bootstrap_room",), native=native.STATUS_OF_A_CLEARED_ROOM),
     Seam(_COMMON + "CommonKVManager", "status of a transfer", "read where check_status reads it",
-         "upstream's worker survives a cleared room", attribute="request_status"),
+         "upstream's worker survives a cleared room", attribute="request_status",
+         native=native.STATUS_OF_A_CLEARED_ROOM),
     Seam(_ENGINE + ".batch_transfer_sync", "push", "the hop", "never",
          ("session_id", "buffers", "peer_buffer_addresses", "lengths")),
     *_methods(_ENGINE, "get_session_id register deregister", "registered memory", "the hop", "never"),

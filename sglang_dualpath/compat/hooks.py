@@ -18,7 +18,7 @@ from sglang.srt.mem_cache.registry import (
 )
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-from sglang_dualpath.compat import seams
+from sglang_dualpath.compat import native, seams
 from sglang_dualpath.compat.catalogue import CONNECTOR_SEAMS
 from sglang_dualpath.compat.stop import stop, stop_on_error
 from sglang_dualpath.errors import SeamError
@@ -60,7 +60,10 @@ class Replacements(NamedTuple):
 
 def install(ours: Replacements) -> None:
     """Register every hook of a server whose switch is on. SGLang applies them; see :func:`verify`."""
-    HookRegistry.register(GET_KV_CLASS, functools.partial(_our_kv_class, ours.kv_classes), HookType.AROUND)
+    if native.has(native.REGISTER_KV_CLASSES):
+        _register_kv_classes(ours)
+    else:
+        HookRegistry.register(GET_KV_CLASS, functools.partial(_our_kv_class, ours.kv_classes), HookType.AROUND)
     for target, replacement in ours.classes.items():
         HookRegistry.register(target, replacement, HookType.REPLACE)
     if get_radix_cache_factory(TREE_BACKEND) is None:
@@ -69,7 +72,8 @@ def install(ours: Replacements) -> None:
 
 def verify(ours: Replacements) -> None:
     """Raise SeamError unless every hook was applied and is in force."""
-    missing = [target for target in (GET_KV_CLASS, *ours.classes) if target not in HookRegistry._patched]
+    hooked = [*ours.classes] if native.has(native.REGISTER_KV_CLASSES) else [GET_KV_CLASS, *ours.classes]
+    missing = [target for target in hooked if target not in HookRegistry._patched]
     if missing:
         raise SeamError(
             f"SGLang could not apply the hooks of sglang_dualpath on {', '.join(missing)}; see the log above for the "
@@ -120,6 +124,25 @@ def _create_tree(ours: Replacements, ctx: Any) -> Any:
             "together with the KV pages."
         )
     return create_unified_radix_cache(ctx, cache_class=ours.trees[get_disagg().disaggregation_mode])
+
+
+def _register_kv_classes(ours: Replacements) -> None:
+    for backend in CONNECTOR_SEAMS:
+        try:
+            native.register_kv_classes(backend, functools.partial(_by_type, ours.kv_classes, backend))
+        except ValueError as error:
+            raise _changed_too([GET_KV_CLASS]) from error
+
+
+def _by_type(kv_classes: Callable[[str], Mapping[type, type]], backend: str) -> dict[Any, type]:
+    """Our classes of a transfer backend by what each of them is."""
+    from sglang.srt.disaggregation.common.conn import CommonKVBootstrapServer, CommonKVManager, CommonKVReceiver
+    from sglang.srt.disaggregation.utils import KVClassType
+
+    bases = {KVClassType.MANAGER: CommonKVManager, KVClassType.RECEIVER: CommonKVReceiver,
+             KVClassType.BOOTSTRAP_SERVER: CommonKVBootstrapServer}  # fmt: skip
+    ours = kv_classes(backend).values()
+    return {kind: cls for kind, base in bases.items() for cls in ours if issubclass(cls, base)}
 
 
 def _our_kv_class(

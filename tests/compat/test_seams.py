@@ -16,7 +16,7 @@ from sglang_dualpath.compat.catalogue import CONNECTOR_SEAMS
 from sglang_dualpath.compat.catalogue import SEAMS as COMMON_SEAMS
 from sglang_dualpath.compat.seams import SUPPORTED_RELEASE, Seam, check
 from sglang_dualpath.errors import SeamError
-from tests.compat.forks import ForkServer, Outcome
+from tests.compat.forks import PATCHED, ForkServer, Outcome
 
 # The first test of a run waits for the process that imports SGLang, on a machine that may be in use.
 pytestmark = pytest.mark.timeout(300)
@@ -42,6 +42,9 @@ def without(forks: ForkServer) -> Mapping[str, Outcome]:
 def test_a_missing_seam_stops_the_process_with_a_sentence_that_names_it(
     without: Mapping[str, Outcome], seam: Seam
 ) -> None:
+    if PATCHED and seam.native is not None:
+        assert seam.name not in without, "a patch makes it needless"
+        return
     sentence = without[seam.name].sentence
     if seam.parameters and seam.attribute is None:
         assert f"{seam.name} has no parameter {seam.parameters[0]}" in sentence
@@ -56,6 +59,13 @@ def test_only_the_connector_in_use_is_looked_at(forks: ForkServer, backend: str,
     outcome = forks.run("without_the_other_connector", backend, other, env=SWITCH)
     assert outcome.code == 0, outcome.stderr
     assert outcome.report == {"imported": [f"sglang_dualpath.connector.{backend}"]}
+
+
+def test_what_the_patches_add_is_found_where_they_are_applied_and_only_there(forks: ForkServer) -> None:
+    outcome = forks.run("natives")
+    assert outcome.code == 0, outcome.stderr
+    patches = {path.stem.partition("-")[2] for path in (PACKAGE.parent / "patches").glob("*.patch")}
+    assert outcome.report == dict.fromkeys(patches, bool(PATCHED))
 
 
 def test_stock_sglang_has_every_seam(forks: ForkServer) -> None:
