@@ -1,6 +1,6 @@
 """What a patched or later SGLang offers by itself. Where it does, the hook that stands in for it here is not used.
 
-Each name is that of a patch in ``patches/``, which says what it adds and why. Looked at in the process that asks, as the
+Each name is that of a patch in ``patches/``, which says what it adds and why. Looked at in the process that asks: the
 installed source decides.
 """
 
