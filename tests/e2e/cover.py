@@ -10,12 +10,12 @@ import itertools
 import os
 from typing import Literal, NamedTuple
 
-Store = Literal["mooncake", "file"]
+Store = Literal["mooncake", "file", "nixl", "dynamic"]
 Router = Literal["gateway", "mini_lb"]
 Model = Literal["gqa", "mla"]
 Transfer = Literal["mooncake", "nixl"]
 
-STORES: tuple[Store, ...] = ("mooncake", "file")
+STORES: tuple[Store, ...] = ("mooncake", "file", "nixl", "dynamic")
 ROUTERS: tuple[Router, ...] = ("gateway", "mini_lb")
 MODELS: tuple[Model, ...] = ("gqa", "mla")
 TRANSFERS: tuple[Transfer, ...] = ("mooncake", "nixl")
@@ -37,8 +37,11 @@ COVER = (
     Row("mooncake", "gateway", "gqa", "mooncake"),
     Row("mooncake", "mini_lb", "mla", "nixl"),
     Row("file", "gateway", "mla", "nixl"),
-    Row("file", "mini_lb", "gqa", "nixl"),
-    Row("file", "mini_lb", "mla", "mooncake"),
+    Row("file", "mini_lb", "gqa", "mooncake"),
+    Row("nixl", "gateway", "gqa", "nixl"),
+    Row("nixl", "mini_lb", "mla", "mooncake"),
+    Row("dynamic", "gateway", "mla", "mooncake"),
+    Row("dynamic", "mini_lb", "gqa", "nixl"),
 )
 FULL = tuple(Row(*values) for values in itertools.product(STORES, ROUTERS, MODELS, TRANSFERS))
 
