@@ -147,7 +147,9 @@ PARKED = Counter(
     "parked_total", "Reads whose prefetch found no room and was tried again, once each.", ("engine_role", "reason")
 )
 FALLBACKS = Counter(
-    "fallbacks_total", "Reads that went on without a reader, reads and write-backs on the stock path.", ("reason",)
+    "fallbacks_total",
+    "Reads that went on without a reader, chunks that came late, reads and write-backs on the stock path.",
+    ("reason",),
 )
 READ_QUEUE_BYTES = Gauge("read_queue_bytes", "Bytes that wait to be read from storage.")
 RESERVE_SLOTS = Gauge("reserve_slots", "Spare host pages: free, backing open claims, or in quarantine.", ("state",))

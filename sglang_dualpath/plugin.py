@@ -49,7 +49,10 @@ def _switch_on(arguments: argparse.Namespace) -> bool:
         if config is None:
             return False
         _hand_down(config)
-        _install()
+        from sglang_dualpath.compat import prometheus
+
+        with prometheus.undecided():
+            _install()
     except DualPathError as error:
         _stop(str(error))
     except Exception as error:

@@ -61,7 +61,7 @@ def compare(
         console = Console(highlight=False, width=_LEAST_WIDTH)
     try:
         if result is not None:
-            measured = _judged_again(load_result(result))
+            measured = _judged_again(load_result(result), console)
         else:
             settings = _settings(
                 preset,
@@ -134,11 +134,12 @@ def _pairs(words: list[str], option: str) -> dict[str, str]:
     return found
 
 
-def _judged_again(measured: Result) -> Result:
+def _judged_again(measured: Result, console: Console) -> Result:
     """Ratios and checks as this version computes them; as they are where the trace is not at hand."""
     try:
         return _merged([measured])
-    except TraceError:
+    except TraceError as error:
+        console.print(f"Ratios and checks stay as the run made them: {escape(str(error))}")
         return measured
 
 

@@ -6,6 +6,9 @@ wherever memory allows: none has to wait for another's prefetch, and a decode se
 With one round per repetition nothing is asked for twice, and with more caches are dropped in between, so that large
 pools do not turn hits in storage into hits in memory. Poisson reads go to a context each for the same reason: smaller
 pools that evict contexts before they are asked for again were seen to lose hits in bursts.
+
+More links make a job of the same agents shorter, but not the computing of its last requests, which nothing is loaded
+beside. So `one_to_two` and `two_to_two` have as many agents as memory has room for in their stores.
 """
 
 from __future__ import annotations
@@ -24,10 +27,11 @@ PRESETS: Mapping[str, Settings] = {
     ),
     "pair": Settings("pair", "offline", PAIR),
     "one_to_two": Settings(
-        "one_to_two", "offline", ("sgl_mc", "dualpath:split"), decode_servers=2, pools=Pools(24_000, 5.0, 36_000, 2.0)
+        "one_to_two", "offline", ("sgl_mc", "dualpath:split"), decode_servers=2, agents=16,
+        pools=Pools(24_000, 5.0, 36_000, 2.0),
     ),
     "two_to_two": Settings(
-        "two_to_two", "offline", ("sgl_mc", "dualpath:split"), prefill_servers=2, decode_servers=2,
+        "two_to_two", "offline", ("sgl_mc", "dualpath:split"), prefill_servers=2, decode_servers=2, agents=16,
         pools=SMALL_POOLS,
     ),
     "half_load": Settings(

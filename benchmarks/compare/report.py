@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from benchmarks.compare.schema import Ratios, Result
 from benchmarks.testbed import KV_BYTES_PER_TOKEN
 
@@ -29,8 +31,11 @@ def markdown(result: Result, plots: tuple[str, ...] = ()) -> str:
         "",
         f"Read time: {result.read_time_method}. Storage links: share of what a plain TCP transfer got through the same "
         "link just before, in the middle 80 % of the run. Read: payload per hit byte, by DualPath's own counters where "
-        "it runs and by the links elsewhere. Written: everything the servers sent to storage, also after the job.",
+        "it runs and by the links elsewhere. Written: everything the servers sent to storage, also after the job. TPOT "
+        "is what clients saw; ITL the time between tokens by the decode servers' own counters. Tokens that reach a "
+        "client in one burst have a TPOT of 0 and an ITL all the same.",
         "",
+        *_fallbacks(result),
         *_ratios(result),
         *_sustained(result),
         "## What was checked",
@@ -48,8 +53,8 @@ def markdown(result: Result, plots: tuple[str, ...] = ()) -> str:
 def _systems(result: Result) -> list[str]:
     rows = [
         "| system | job s | tokens/s | of its link limit | of oracle | TTFT p50 / p99 s | TTST p50 s | TPOT p50 ms "
-        "| read mean / p50 s | storage links busy | read | written MB | hit GB | cores busy |",
-        "|---|" + "---:|" * 13,
+        "| ITL mean ms | read mean / p50 s | storage links busy | read | written MB | hit GB | cores busy |",
+        "|---|" + "---:|" * 14,
     ]
     for system, measured in result.measured.items():
         limit = result.throughput_limit_tokens_per_s.get(system)
@@ -60,13 +65,26 @@ def _systems(result: Result) -> list[str]:
             f"| {system} | {measured.jct_s:.1f} | {measured.throughput_tokens_per_s:,.0f} | {_percent(share)} "
             f"| {_percent(result.oracle_share.get(system))} "
             f"| {_number(measured.ttft_p50_s)} / {_number(measured.ttft_p99_s)} | {_number(measured.ttst_p50_s)} "
-            f"| {_number(measured.tpot_p50_s, 1000, 0)} "
+            f"| {_number(measured.tpot_p50_s, 1000, 0)} | {_number(measured.itl_mean_s, 1000, 0)} "
             f"| {_number(measured.read_mean_s)} / {_number(measured.read_p50_s)} | {busy or '-'} "
             f"| {_number(result.read_amplification.get(system), 1, 3)} "
             f"| {_number(None if written is None else float(written), 1e-6, 0)} "
             f"| {result.hit_tokens[system] * KV_BYTES_PER_TOKEN / 1e9:.2f} | {result.cpu_busy[system]:.0%} |"
         )
     return rows
+
+
+def _fallbacks(result: Result) -> list[str]:
+    lines = []
+    for system in result.systems:
+        counts: Counter[str] = Counter()
+        for repetition in result.repetitions:
+            if repetition.system == system:
+                counts.update(repetition.fallbacks)
+        if counts:
+            reasons = ", ".join(f"{reason} {count}" for reason, count in counts.most_common())
+            lines += [f"Fallbacks of {system} in all repetitions: {reasons}.", ""]
+    return lines
 
 
 def _ratios(result: Result) -> list[str]:
@@ -81,8 +99,8 @@ def _ratios(result: Result) -> list[str]:
     return [
         "## Ratios",
         "",
-        "| | throughput | job time | read mean | read p50 | TTFT p50 | TTFT p99 | TPOT p50 |",
-        "|---|" + "---:|" * 7,
+        "| | throughput | job time | read mean | read p50 | TTFT p50 | TTFT p99 | TPOT p50 | ITL mean |",
+        "|---|" + "---:|" * 8,
         *rows,
         "",
     ]
@@ -92,7 +110,8 @@ def _ratio_row(above: str, below: str, ratios: Ratios) -> str:
     return (
         f"| {above} / {below} | {_number(ratios.throughput)}{_interval(ratios.throughput_ci)} | {_number(ratios.jct)} "
         f"| {_number(ratios.read_mean)}{_interval(ratios.read_mean_ci)} | {_number(ratios.read_p50)} "
-        f"| {_number(ratios.ttft_p50)} | {_number(ratios.ttft_p99)} | {_number(ratios.tpot_p50)} |"
+        f"| {_number(ratios.ttft_p50)} | {_number(ratios.ttft_p99)} | {_number(ratios.tpot_p50)} "
+        f"| {_number(ratios.itl_mean)} |"
     )
 
 

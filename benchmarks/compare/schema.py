@@ -105,6 +105,8 @@ class Repetition(msgspec.Struct):
     failed: int
     start_s: float
     """Time that servers and router took to come up; 0 when they were up already."""
+    fallbacks: dict[str, int] = msgspec.field(default_factory=dict)
+    """How often DualPath went on without something that it had counted on, by reason, all servers together."""
 
 
 class Ratios(msgspec.Struct):
@@ -119,6 +121,7 @@ class Ratios(msgspec.Struct):
     ttft_p50: float | None = None
     ttft_p99: float | None = None
     tpot_p50: float | None = None
+    itl_mean: float | None = None
 
 
 class Trial(msgspec.Struct):

@@ -167,6 +167,7 @@ def _ratios(above: Sequence[Repetition], below: Sequence[Repetition]) -> Ratios:
         ttft_p50=ratio(lambda one: one.ttft_p50_s),
         ttft_p99=ratio(lambda one: one.ttft_p99_s),
         tpot_p50=ratio(lambda one: one.tpot_p50_s),
+        itl_mean=ratio(lambda one: one.itl_mean_s),
     )
 
 

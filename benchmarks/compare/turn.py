@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -44,11 +45,10 @@ class Turns:
             for number_of_pass in range(self.settings.passes)
             for requests in requests_of(self.workload, f"{number}.{number_of_pass}")
         ]
-        counted = self._counted_read_bytes()
+        counted, fallbacks = self._counted_read_bytes(), self._fallbacks()
+        token_times = self._token_times()
         before = self.target.link_bytes()
-        sampler = Sampler(
-            self.target.counters(), every_s=self.settings.sample_s, groups=self.target.process_groups()
-        )
+        sampler = Sampler(self.target.counters(), every_s=self.settings.sample_s, groups=self.target.process_groups())
         sampler.start()
         zero = time.perf_counter()
         try:
@@ -58,12 +58,16 @@ class Turns:
             samples = sampler.stop(zero)
         after = self.target.link_bytes()
         counted = {name: value - counted[name] for name, value in self._counted_read_bytes().items()}
+        fallbacks = self._fallbacks() - fallbacks
+        seconds, tokens = (now - then for now, then in zip(self._token_times(), token_times, strict=True))
+        itl_mean_s = seconds / tokens if tokens else None
         self.target.flush()
         written = _added(self.target.link_bytes(), before)
         if not keep:
             self.target.suspend()
         self._set_read_times(records, samples, probed, base_ttft_s)
         measured = latencies(records)
+        measured.itl_mean_s = itl_mean_s
         if len(windows_s) > 1:  # dropping caches between rounds is not the job's time
             measured.jct_s = sum(end - begin for begin, end in windows_s)
             tokens = sum(record.prompt_tokens + record.output_tokens for record in records if record.error is None)
@@ -88,6 +92,7 @@ class Turns:
             base_ttft_s=base_ttft_s,
             failed=self._failed(agents, records),
             start_s=start_s,
+            fallbacks=dict(fallbacks),
         )  # fmt: skip
 
     def sustained(self) -> Sustained:
@@ -206,6 +211,22 @@ class Turns:
             return {}
         return {name: round(metric_sum(self.target.metrics(name), "sglang_dualpath_read_bytes_total"))
                 for name in self.target.names}  # fmt: skip
+
+    def _token_times(self) -> tuple[float, float]:
+        """Sum of the times between tokens, and their number, over all decode servers so far."""
+        metrics = [self.target.metrics(name) for name in self.target.names if name.startswith("decode")]
+        what = "sglang:inter_token_latency_seconds_"
+        seconds, tokens = (sum(metric_sum(one, what + part) for one in metrics) for part in ("sum", "count"))
+        return seconds, tokens
+
+    def _fallbacks(self) -> Counter[str]:
+        counts: Counter[str] = Counter()
+        if is_dualpath(self.system):
+            for name in self.target.names:
+                for (metric, labels), value in self.target.metrics(name).items():
+                    if metric == "sglang_dualpath_fallbacks_total":
+                        counts[dict(labels)["reason"]] += round(value)
+        return counts
 
     @staticmethod
     def _failed(agents: Sequence[Sequence[Request]], records: Sequence[Record]) -> int:

@@ -63,6 +63,8 @@ class Latencies(msgspec.Struct):
     read_mean_s: float | None
     read_p50_s: float | None
     read_p99_s: float | None
+    itl_mean_s: float | None = None
+    """Mean time between tokens by the decode servers' own counters."""
 
 
 def latencies(records: Sequence[Record]) -> Latencies:

@@ -12,10 +12,12 @@ from benchmarks.micro.errors import BenchmarkError
 from benchmarks.micro.pages import PAGE_BYTES, scattered
 from benchmarks.micro.report import Ratio, Report
 from benchmarks.micro.workers import Cpu, Worker
+from sglang_dualpath.config import DualPathConfig
+from sglang_dualpath.reader.pump import ClaimPump
 
 TARGET_SHARE = 0.9  # of the bare transport, from TARGET_FROM_BYTES on
 TARGET_FROM_BYTES = 1 << 20
-_CLAIMS = 4  # twice the default of --dualpath-claims-in-flight: as many the pump lets one prefill engine back
+_CLAIMS = ClaimPump(DualPathConfig()).claims_per_engine  # so that none is refused for want of a spare
 
 #: What is compared, and what each is.
 PATHS: Mapping[str, str] = {

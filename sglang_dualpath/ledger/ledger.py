@@ -40,8 +40,8 @@ class Ledger:
     ledger whose tail failed may still have open claims behind it: `close` it before its slots are freed.
 
     The ledger knows no time but the `now_s` of its callers, and no silence: who may claim is counted on until the owner
-    says `leave` or `revoke`, or a final refusal said so. Join the readers before asking whether the read has settled:
-    without any, it has.
+    says `leave` or `revoke`, a lease ran out (see `expire`), or a final refusal said so. Join the readers before asking
+    whether the read has settled: without any, it has.
 
     Raises ValueError from any method for arguments that no correct caller passes; nothing has changed then.
     """
@@ -99,7 +99,7 @@ class Ledger:
         elif known.local != local:
             raise ValueError(f"reader {reader!r} cannot change between local and remote")
         else:
-            known.share, known.active, known.resting = share, True, False
+            known.share, known.active, known.suspended, known.resting = share, True, False, False
         return True
 
     def leave(self, reader: str, *, now_s: float) -> None:
@@ -107,6 +107,11 @@ class Ledger:
         known = self._readers.get(reader)
         if known is not None:
             known.leave()
+
+    def counts_on(self, reader: str) -> bool:
+        """Whether `reader` is waited for: it has joined, and neither left, lost a lease nor got a final refusal."""
+        known = self._readers.get(reader)
+        return known is not None and known.counted_on
 
     def reserve_range(self, reader: str, first: int, end: int, *, until_s: float) -> bool:
         """`reader` holds pages `first .. end` in memory. Until `until_s` nobody else may claim them who does not, too.
@@ -145,10 +150,14 @@ class Ledger:
         if self._closed:
             return Refusal(RefusalReason.CLOSED, retry=False)
         reader = self._readers.get(name)
-        if reader is None or not reader.active:
+        if reader is None or not (reader.active or reader.suspended):
             return Refusal(RefusalReason.UNKNOWN_READER, retry=False)
         if self._settled_short:
             return Refusal(RefusalReason.MET, retry=False)
+        if reader.suspended:
+            if any(grant.reader == name for grant in self._late.values()):
+                return Refusal(RefusalReason.LATE, retry=True)
+            reader.come_back()
         reader.resting = False
         useful = self._unclaimed.within(self.first_page, self._failed_from())
         held = useful.common(reader.held)
@@ -274,7 +283,11 @@ class Ledger:
         return self._reserve.release(claim_id)
 
     def expire(self, *, now_s: float) -> list[Expired]:
-        """Take away the exposed claims whose lease has run out. Their readers have left, and are barred from them."""
+        """Take away the exposed claims whose lease has run out. Their readers are suspended, and barred from them.
+
+        Nobody counts on a suspended reader. It comes back with its next claim after the last words (`settle_late`) on
+        all that it lost, three times at most.
+        """
         overdue = [
             claim_id
             for claim_id in sorted(self._exposed)
@@ -308,7 +321,7 @@ class Ledger:
         if self._closed:
             self._abandoned_pages += grant.pages
         else:
-            self._readers[grant.reader].leave()
+            self._readers[grant.reader].suspend()
             self._reclaim(grant, grant.first_page)
         return Expired(grant, Swap(grant.first_page, grant.slots, new_slots))
 

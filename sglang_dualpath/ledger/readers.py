@@ -16,6 +16,10 @@ class Reader:
     local: bool
     active: bool = True
     """Has joined and not left."""
+    suspended: bool = False
+    """Lost a lease, so it is not active until it claims again, with all last words on what it lost said."""
+    comebacks_left: int = 3
+    """One that loses its lease more often costs more reads than it saves."""
     resting: bool = False
     """Was told to stop asking, so it is not counted on, unless it asks again nevertheless."""
     storage_pages: int = 0
@@ -50,6 +54,16 @@ class Reader:
         self.barred.add(first, end)
         self.held.remove(first, end)
 
+    def suspend(self) -> None:
+        if self.active and not self.comebacks_left:
+            self.leave()
+        elif self.active:
+            self.active, self.suspended = False, True
+
+    def come_back(self) -> None:
+        self.active, self.suspended = True, False
+        self.comebacks_left -= 1
+
     def leave(self) -> None:
-        self.active = False
+        self.active = self.suspended = False
         self.held = Spans()

@@ -39,6 +39,8 @@ class RefusalReason(enum.StrEnum):
     """The reader's share is used up."""
     CLOSED = "closed"
     """The read has ended."""
+    LATE = "late"
+    """The reader lost a lease, and its last word on that claim is still to come."""
     UNKNOWN_READER = "unknown_reader"
     """The reader never joined, or has left."""
 

@@ -25,7 +25,9 @@ class Carriage:
             chunk = self._take_chunk(memory_only)
             if chunk is None and not self._state.stopped:
                 self._state.pump()
-                self._state.lock.wait(timeout_s)
+                # Nothing else wakes for a claim that is to be repeated, and the NIC may idle until then.
+                repeat_s = self._state.claims.repeat_in_s(self._state.reads, self._state.clock())
+                self._state.lock.wait(min(timeout_s, repeat_s))
                 chunk = self._take_chunk(memory_only)
             return chunk
 
@@ -61,7 +63,10 @@ class Carriage:
                 return chunk.given_up
             # After its lease the slots may be another writer's. A freeze between this line and the push is what the
             # prefill engine's quarantine of taken-back slots is for.
-            return "lease over before the push" if self._state.clock() >= chunk.deadline_s else None
+            if self._state.clock() >= chunk.deadline_s:
+                chunk.given_up, chunk.lease_lost = "lease over before the push", True
+                self._state.lost_lease(chunk.read, "lease_over_unpushed")
+            return chunk.given_up
 
     def was_read(self, chunk: Chunk, good_pages: int, seconds: float) -> None:
         """A storage read ended with so many good pages; they are this engine's to keep."""
@@ -87,12 +92,13 @@ class Carriage:
         error: str | None,
         *,
         took_s: float = 0.0,
-        drain_s: float = 0.0,
+        drain_s: float | None = None,
         over: Callable[[], bool] = lambda: True,
     ) -> None:
         """A chunk's push ended after ``took_s``, or was not tried (``error``).
 
-        Bytes of a failed one may arrive for ``drain_s`` more, and until ``over()``.
+        One that the transfer engine failed comes with ``drain_s``: bytes of it may arrive for so long, and until
+        ``over()``.
 
         The first word on a chunk is the last one: another call changes nothing.
         """
@@ -118,20 +124,25 @@ class Carriage:
         if chunk.given_up is None and prefetch is not None and prefetch.is_cancelled():
             # SGLang frees what it was told of an operation as soon as it has marked it as terminated.
             chunk.given_up = "the request was aborted"
-        overdue = self._state.clock() >= chunk.deadline_s
-        return chunk.given_up or ("lease over during the push" if overdue else None)
+        if chunk.given_up is None and self._state.clock() >= chunk.deadline_s:
+            chunk.lease_lost = True
+            self._state.lost_lease(chunk.read, "lease_over_pushing")
+            return "lease over during the push"
+        return chunk.given_up
 
-    def _failed(self, chunk: Chunk, error: str, drain_s: float, over: Callable[[], bool]) -> None:
+    def _failed(self, chunk: Chunk, error: str, drain_s: float | None, over: Callable[[], bool]) -> None:
         read, claim_id = chunk.read, chunk.grant.claim_id
         fail = Fail(read.room, chunk.grant.attempt, claim_id, clip(error))
-        if chunk.given_up is None:
+        if chunk.lease_lost and drain_s is None:
+            pass  # counted where it was seen
+        elif chunk.given_up is None or chunk.lease_lost:
             logger.warning("Push for room %s failed: %s", read.room, error)
             self._state.fall_back(read, "push_failed")
         else:
             self._state.end(read, "given_up")
-        if drain_s > 0 or not over():
+        if drain_s or not over():
             # Unsaid for so long, and the prefill engine takes the claim back by its lease, into quarantine.
-            self._state.draining.append(Withheld(self._state.clock() + drain_s, over, read.endpoint, fail))
+            self._state.draining.append(Withheld(self._state.clock() + (drain_s or 0.0), over, read.endpoint, fail))
         elif chunk.given_up is None:
             self._state.last_word(read, fail)
         else:

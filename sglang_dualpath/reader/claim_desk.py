@@ -16,6 +16,8 @@ logger = logging.getLogger(__name__)
 
 # Refused claims ask again after this: half of what a 4 MiB chunk takes on a 2 GB/s link, and a few control round trips.
 _RETRY_AFTER_S = 0.01
+# A last word that is owed comes when a storage read or a push has ended.
+_LATE_RETRY_AFTER_S = 0.05
 
 
 class ClaimDesk:
@@ -68,9 +70,10 @@ class ClaimDesk:
 
     def _refuse(self, peer: bytes, claim: Claim, reason: RefusalReason, *, retry: bool) -> None:
         metrics.CLAIMS.add(outcome=f"refused_{reason.value}")
+        after_s = _LATE_RETRY_AFTER_S if reason is RefusalReason.LATE else _RETRY_AFTER_S
         self._send(
             peer,
-            Refuse(claim.room, claim.attempt, claim.request_id, reason.value, retry, _RETRY_AFTER_S if retry else 0.0),
+            Refuse(claim.room, claim.attempt, claim.request_id, reason.value, retry, after_s if retry else 0.0),
         )
 
     def done(self, peer: bytes, message: Done) -> None:

@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 # How often a waiting thread looks whether SGLang cancelled its operation, which wakes nobody.
 _CANCEL_POLL_S = 0.05
 _GAUGES_S = 1.0
+# In leases.
+_HANGING = 0.2
 
 
 class DecodeReads(DecodeState):
@@ -250,6 +252,7 @@ class DecodeReads(DecodeState):
             for read in list(self.reads.values()):
                 if read.ended is None:
                     self._look_after(read, clock)
+            self._end_where_pushes_hang(clock)
             waiting, self.draining = self.draining, []
             for one in waiting:
                 if clock < one.due_s or not one.over():
@@ -277,6 +280,28 @@ class DecodeReads(DecodeState):
             # The prefill engine lives, but claim or answer got lost: ask again.
             for number in overdue:
                 del read.requested[number]
+
+    def _end_where_pushes_hang(self, clock: float) -> None:
+        """Requests must not wait for a push that outlasts its lease: until it ends, its read is granted nothing.
+
+        Nor are other reads, once all that may be under way to one prefill engine waits behind it.
+        """
+        late = [
+            chunk
+            for read in self.reads.values()
+            for chunk in read.busy
+            if not chunk.reading and clock >= chunk.deadline_s
+        ]
+        for chunk in late:
+            chunk.overdue_s = clock if chunk.overdue_s is None else chunk.overdue_s
+        # One that ends soon was held up by a frozen process, this one for example.
+        hanging = [chunk for chunk in late if clock >= (chunk.overdue_s or 0.0) + _HANGING * self.config.lease_s]
+        stuck = {chunk.read.room for chunk in hanging}
+        blocked = {chunk.read.endpoint for chunk in hanging}
+        for read in list(self.reads.values()):
+            starves = read.takes_storage and not (read.requested or read.granted) and read.endpoint in blocked
+            if read.ended is None and (read.room in stuck or starves):
+                self.fall_back(read, "push_hangs")
 
     def _give_up(self, read: DecodeRead, why: str) -> None:
         self.say(read, Bye(read.room, read.attempt))

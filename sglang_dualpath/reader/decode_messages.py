@@ -106,7 +106,8 @@ class DecodeMessages:
         asked = read.requested.pop(grant.request_id, None)
         if (read.endpoint, grant.claim_id) in self._state.in_hand:
             return  # delivered twice; the first one is at work and will have its last word
-        if asked is None or read.ended is not None or read.offer is None or grant.attempt != read.attempt:
+        unwanted = asked is None or grant.claim_id in read.cancelled
+        if unwanted or read.ended is not None or read.offer is None or grant.attempt != read.attempt:
             self._state.say(read, Cancelled(read.room, grant.attempt, grant.claim_id))
             return
         problem = _out_of_range(read, grant)
@@ -146,10 +147,14 @@ class DecodeMessages:
         for chunk in read.busy:
             if meant(chunk) and chunk.given_up is None:
                 chunk.given_up = "cancelled by the prefill engine"
+                chunk.lease_lost = cancel.claim_id is not None
         if cancel.claim_id is not None and not answered and read.endpoint is not None:
-            # Unless it is in hand, its last word was said, and lost or late: say it again.
+            # Unless it is in hand, its last word was said, and lost or late: say it again. Or its grant was overtaken.
+            read.cancelled.add(cancel.claim_id)
             self._cancelled(read.endpoint, cancel, cancel.claim_id)
-        if cancel.attempt == read.attempt:
+        # A claim alone is cancelled when its lease has run out, and others may be granted as long as the read is open.
+        # When the read ends, too; then NoOffer follows.
+        if cancel.claim_id is None and cancel.attempt == read.attempt:
             self._state.end(read, "cancelled_by_prefill")
 
 

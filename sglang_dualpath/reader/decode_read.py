@@ -44,6 +44,10 @@ class Chunk:
     read_bytes: int = 0
     given_up: str | None = None
     """Why its pages may not be counted on any more as the source of a push: it ends without a landing."""
+    lease_lost: bool = False
+    """Others have its pages by now. What it reads is still this engine's to keep, and the read goes on."""
+    overdue_s: float | None = None
+    """When its push was first seen to outlast its lease."""
 
     @property
     def first_page(self) -> int:
@@ -88,6 +92,10 @@ class DecodeRead:
     parked_until_s: float = 0.0
     """When SGLang is asked again for the prefetch, 0 as long as it has found room."""
     claim_again_s: float = 0.0
+    leases_lost: int = 0
+    """Chunks that were late by this engine's own clock."""
+    cancelled: set[int] = field(default_factory=set)
+    """Claims that were cancelled before their grant was seen, which may still come."""
 
     @property
     def attempt(self) -> int:

@@ -75,9 +75,22 @@ class DecodeState:
 
     def fall_back(self, read: DecodeRead, reason: str) -> None:
         """Claim no more for this read because of a fault, which is counted and logged."""
+        self.note_fallback(read, reason)
+        self.end(read, reason)
+
+    def lost_lease(self, read: DecodeRead, reason: str) -> None:
+        """A chunk was late by this engine's clock. Others read it; too many of them, and they read all."""
+        read.leases_lost += 1
+        # Two freezes with all claims in flight. The prefill engine has a limit of its own, by its own clock.
+        if read.leases_lost > 2 * self.claims.claims_per_engine:
+            self.fall_back(read, reason)
+        else:
+            self.note_fallback(read, reason)
+
+    def note_fallback(self, read: DecodeRead, reason: str) -> None:
+        """Count and log a fault that others make good."""
         metrics.FALLBACKS.add(reason=reason)
         logger.warning("DualPath falls back (%s) for room %s, prefill at %s.", reason, read.room, read.endpoint)
-        self.end(read, reason)
 
     def end(self, read: DecodeRead, why: str) -> None:
         """Claim no more for this read, and carry only what is in work already."""
@@ -130,7 +143,6 @@ class DecodeState:
         for read in self.reads.values():
             overdue = [chunk for chunk in read.granted if now >= chunk.deadline_s]
             for chunk in overdue:
-                read.granted.remove(chunk)
-                self.last_word(read, Fail(read.room, chunk.grant.attempt, chunk.grant.claim_id, "lease over unread"))
-            if overdue:
-                self.fall_back(read, "lease_over_unread")
+                self.drop(chunk)
+            for _ in overdue:
+                self.lost_lease(read, "lease_over_unread")

@@ -212,7 +212,7 @@ class PrefillReads:
         Called for the read that SGLang's thread waits for. A peer that has said nothing at all for a lease is taken
         for frozen. One that lives may have older reads to serve, which are over here, too, when this one's turn comes.
         """
-        if read.decode is None or read.ledger.open_grants():
+        if read.decode is None or not read.ledger.counts_on(read.decode) or read.ledger.open_grants():
             return
         now = self.clock()
         heard_s = max(read.progress_s, self.heard_s.get(read.peer, 0.0)) if read.peer is not None else 0.0

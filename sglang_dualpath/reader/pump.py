@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
@@ -47,13 +48,23 @@ class ClaimPump:
             waiting[False] += sum(chunk.reading for chunk in read.busy)
         for read in reads.values():
             while (
-                per_engine[read.endpoint] < 2 * self._in_flight
+                per_engine[read.endpoint] < self.claims_per_engine
                 and waiting[read.memory_left > 0] < self._in_flight
                 and _may_claim(read, now_s)
             ):
                 per_engine[read.endpoint] += 1
                 waiting[read.memory_left > 0] += 1
                 yield read
+
+    @property
+    def claims_per_engine(self) -> int:
+        """Claims that are open at once with one prefill engine, at most."""
+        return 2 * self._in_flight
+
+    def repeat_in_s(self, reads: Mapping[int, DecodeRead], now_s: float) -> float:
+        """Seconds until a refused claim may be repeated; infinity if there is none."""
+        waits = [read.claim_again_s - now_s for read in reads.values() if read.ended is None]
+        return min((seconds for seconds in waits if seconds > 0), default=math.inf)
 
     def next_chunk(self, reads: Mapping[int, DecodeRead]) -> Chunk | None:
         """The granted chunk to carry next; those in memory first, as they only pass through the reader."""
@@ -84,6 +95,8 @@ class ClaimPump:
 def _may_claim(read: DecodeRead, now_s: float) -> bool:
     if read.ended is not None or read.offer is None or now_s < read.claim_again_s:
         return False
+    if any(chunk.lease_lost for chunk in read.busy):
+        return False  # refused until the last word on it
     # Without host pages only what is held in memory can be served, one claim at a time: a second could be granted
     # pages that must be read.
     return read.takes_storage or (read.memory_left > 0 and not read.requested)

@@ -26,11 +26,12 @@ def in_turn(reads: Iterable[PrefillRead], rates: Mapping[str, float], own_rate: 
     """
     able = [read for read in reads if not read.closed and read.ledger.span_left[0] < read.ledger.end_page]
     able = [read for read in able if not read.prefetch.is_cancelled()]
-    if len({read.decode for read in able}) < 2:
+    helpers = {read: _helper(read) for read in able}
+    if len(set(helpers.values())) < 2:
         return able
     left: Counter[str | None] = Counter()
-    for read in able:
-        left[read.decode] += read.ledger.pages_to_read(read.decode)
+    for read, helper in helpers.items():
+        left[helper] += read.ledger.pages_to_read(helper)
     # What nobody else reads is this engine's anyway.
     alone = left.pop(None, 0)
     # Relative to this engine's rate: pages that a decode engine reads in the time of one of this engine's.
@@ -38,7 +39,12 @@ def in_turn(reads: Iterable[PrefillRead], rates: Mapping[str, float], own_rate: 
     by_itself = {engine: pages / speed[engine] for engine, pages in left.items()}
     ends = _all_ends(alone, [(left[engine], speed[engine]) for engine in sorted(left, key=lambda e: -by_itself[e])])
     early = {engine for engine, dry in by_itself.items() if dry <= ends}
-    return [read for read in able if read.decode not in early] + [read for read in able if read.decode in early]
+    return sorted(able, key=lambda read: helpers[read] in early)  # stable
+
+
+def _helper(read: PrefillRead) -> str | None:
+    """The decode engine that reads, too, unless it has lost its lease or has ended."""
+    return read.decode if read.decode is not None and read.ledger.counts_on(read.decode) else None
 
 
 def _all_ends(alone: float, left: Iterable[tuple[float, float]]) -> float:

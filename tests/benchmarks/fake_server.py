@@ -64,7 +64,12 @@ class FakeServer:
         return web.Response(text="flushed")
 
     async def _metrics(self, _: web.Request) -> web.Response:
-        return web.Response(text=f"sglang_dualpath_read_bytes_total {float(self.read_bytes)}\n")
+        lines = [f"sglang_dualpath_read_bytes_total {float(self.read_bytes)}",
+                 f'sglang_dualpath_fallbacks_total{{reason="lease_expired"}} {float(len(self.prompts))}',
+                 'sglang_dualpath_fallbacks_total{reason="no_hello"} 7.0',
+                 f"sglang:inter_token_latency_seconds_sum {3.0 + 0.5 * len(self.prompts)}",
+                 f"sglang:inter_token_latency_seconds_count {100 + 25 * len(self.prompts)}"]  # fmt: skip
+        return web.Response(text="\n".join(lines) + "\n")
 
     async def _serve(self, ready: threading.Event, ended: asyncio.Event) -> None:
         app = web.Application()

@@ -182,6 +182,7 @@ def test_a_result_is_judged_again_unless_its_trace_is_gone(
     save(msgspec.structs.replace(result, ratios={}, settings=settings), tmp_path / "r.json")
     done = CliRunner().invoke(app, ["--result", str(tmp_path / "r.json"), "--out", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
+    assert ("stay as the run made them" in done.output) == bool(trace)
     assert set(load_result(tmp_path / "out" / "result.json").ratios) == (set() if trace else set(result.ratios))
 
 

@@ -82,6 +82,7 @@ def state(server_args: Any) -> dict[str, Any]:
     report = {
         "hooks": sorted(target for target, hooks in HookRegistry._hooks.items() if hooks),
         "patched": sorted(HookRegistry._patched),
+        "prometheus": "prometheus_client" in sys.modules,
         "modules": sorted(name for name in sys.modules if name.partition(".")[0] == "sglang_dualpath"),
         "environ": {
             name: value

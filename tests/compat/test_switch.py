@@ -56,6 +56,16 @@ def test_without_the_flag_nothing_that_hooks_into_the_engine_is_imported(forks: 
     assert parts(outcome.report) == WITHOUT_FLAG
 
 
+@pytest.mark.parametrize("mode", ["prefill", "decode"])
+@pytest.mark.parametrize("store", ["file", "mooncake"])
+def test_sglang_decides_how_processes_share_metrics(forks: ForkServer, argv: Argv, mode: str, store: str) -> None:
+    # It does when it starts its processes; prometheus_client does not ask again.
+    flags = argv(mode, "--enable-metrics", storage=store)
+    outcome = forks.run("launch_server", flags, env={"MOONCAKE_MASTER": "127.0.0.1:1"})
+    assert outcome.code == 0, outcome.stderr
+    assert not outcome.report["prometheus"]
+
+
 @pytest.mark.parametrize("shell", ["python", "serve"])
 @pytest.mark.parametrize("mode", ["prefill", "decode"])
 def test_with_the_flag_every_hook_is_applied(forks: ForkServer, argv: Argv, shell: str, mode: str) -> None:

@@ -7,6 +7,7 @@ import random
 
 import pytest
 
+from benchmarks.testbed.metrics import metric_sum
 from tests.e2e.conftest import Pair, References, two_samples
 from tests.e2e.counters import count
 from tests.e2e.cover import FULL, Row, rows
@@ -173,6 +174,18 @@ def test_all_read_bytes_are_hit_bytes(split: Pair, prompts: Prompts, expected: O
     reclaimed = seen.total("fallbacks_total", "lease_expired")
     if reclaimed == 0:  # a busy machine may take a claim from its reader, which is counted
         assert seen.total("read_bytes_total") == pages * page_bytes
+
+
+def test_metrics_of_sglang_s_main_process_are_shown(split: Pair, prompts: Prompts) -> None:
+    """They were not when prometheus_client was imported before SGLang had said how processes share their values."""
+    cluster, tokens = split.cluster, prompts["length-700"]
+
+    def counted() -> list[float]:
+        return [metric_sum(cluster.metrics(name), "sglang:prompt_tokens_total") for name in cluster.names]
+
+    before = counted()
+    ask(cluster, tokens)
+    assert [now - then for now, then in zip(counted(), before, strict=True)] == [len(tokens)] * len(cluster.names)
 
 
 def test_rows_cover_every_pair_of_values(pair: Pair) -> None:

@@ -40,6 +40,8 @@ class ModelReader:
     share: Share
     local: bool
     active: bool = True
+    suspended: bool = False
+    comebacks_left: int = 3
     resting: bool = False
     storage_pages: int = 0
     held: set[int] = field(default_factory=set)
@@ -125,8 +127,21 @@ class Read:
             self.faults += 1
 
     def left(self, reader: str) -> None:
-        self.readers[reader].active = False
-        self.readers[reader].held = set()
+        known = self.readers[reader]
+        known.active = known.suspended = False
+        known.held = set()
+
+    def lost_a_lease(self, reader: str) -> None:
+        known = self.readers[reader]
+        if known.active and known.comebacks_left:
+            known.active, known.suspended = False, True
+        elif known.active:
+            self.left(reader)
+
+    def comes_back(self, reader: str) -> None:
+        known = self.readers[reader]
+        known.active, known.suspended = True, False
+        known.comebacks_left -= 1
 
     def taken_away(self, expired: Expired, writer: Writer) -> None:
         swap, grant = expired.swap, expired.grant
@@ -139,5 +154,5 @@ class Read:
         for index, slot in enumerate(swap.new_slots):
             self.slots[grant.first_page - self.first_page + index] = slot
         if not self.closed:
-            self.left(grant.reader)
+            self.lost_a_lease(grant.reader)
             self.reclaimed(grant, grant.first_page)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sglang_dualpath.ledger import RefusalReason, Swap
+from sglang_dualpath.ledger import End, RefusalReason, Share, Source, Swap
 
 from .conftest import REMOTE, settled
 
@@ -40,9 +40,68 @@ def test_the_pages_of_an_expired_claim_are_claimed_by_another_into_the_spares(op
     assert grants[-1].slots == (900, 1, 2, 3)
 
 
-def test_a_reader_whose_lease_ran_out_has_left(ledger, claim):
-    claim("de")
+def test_a_reader_whose_lease_ran_out_gets_nothing_until_its_last_word(ledger, claim):
+    grant = claim("de")
     ledger.expire(now_s=1.0)
+    assert claim.refused("de") == (RefusalReason.LATE, True)
+    assert not ledger.counts_on("de")
+    ledger.settle_late(grant.claim_id)
+    assert claim.span("de") == (104, 108)
+    assert ledger.counts_on("de")
+
+
+def test_a_reader_that_lost_two_claims_owes_two_words(ledger, claim):
+    grants = [claim("de"), claim("de")]
+    ledger.expire(now_s=1.0)
+    ledger.settle_late(grants[1].claim_id)
+    assert claim.refused("de") == (RefusalReason.LATE, True)
+    ledger.settle_late(grants[0].claim_id)
+    assert claim.span("de") == (108, 112)
+
+
+def test_others_take_everything_while_a_reader_is_suspended(open_ledger, claims_on):
+    ledger = open_ledger(8, local=Share(End.BACK, limit_pages=0))
+    claim = claims_on(ledger)
+    claim("de", 2)
+    assert claim.refused("pe")[0] is RefusalReason.LIMIT
+    ledger.expire(now_s=1.0)
+    assert [claim.span("pe"), claim.span("pe")] == [(104, 108), (100, 104)]
+
+
+def test_a_reader_that_lost_a_claim_from_memory_still_holds_the_rest(ledger, claim):
+    ledger.reserve_range("de", 100, 110, until_s=1.0)
+    grant = claim("de")
+    assert grant.source is Source.MEMORY
+    ledger.expire(now_s=1.0)
+    ledger.settle_late(grant.claim_id)
+    back = claim("de", now_s=1.0)
+    assert (back.source, back.first_page, back.end_page) == (Source.MEMORY, 104, 108)
+
+
+def test_a_reader_that_loses_its_lease_a_fourth_time_stays_away(ledger, claim):
+    for _ in range(3):
+        grant = claim("de", 1)
+        ledger.expire(now_s=1.0)
+        ledger.settle_late(grant.claim_id)
+    grant = claim("de", 1)
+    ledger.expire(now_s=1.0)
+    ledger.settle_late(grant.claim_id)
+    assert claim.refused("de") == (RefusalReason.UNKNOWN_READER, False)
+
+
+def test_a_reader_that_left_does_not_come_back_by_a_lost_lease(ledger, claim):
+    grant = claim("de")
+    ledger.leave("de", now_s=0.5)
+    ledger.expire(now_s=1.0)
+    ledger.settle_late(grant.claim_id)
+    assert claim.refused("de") == (RefusalReason.UNKNOWN_READER, False)
+
+
+def test_a_suspended_reader_that_leaves_stays_away(ledger, claim):
+    grant = claim("de")
+    ledger.expire(now_s=1.0)
+    ledger.leave("de", now_s=1.0)
+    ledger.settle_late(grant.claim_id)
     assert claim.refused("de") == (RefusalReason.UNKNOWN_READER, False)
 
 

@@ -75,7 +75,7 @@ class LedgerMachine(RuleBasedStateMachine):
         assert joined == (not (read.closed or read.settled_short or complete))
         if joined:
             reader = read.readers.setdefault(name, ModelReader(share, not share.exposed))
-            reader.share, reader.active, reader.resting = share, True, False
+            reader.share, reader.active, reader.suspended, reader.resting = share, True, False, False
 
     @precondition(lambda self: self.open)
     @rule(pick=picks, name=remote_names, how=st.sampled_from(["join", "leave", "suspect"]), share=remotes)
@@ -115,6 +115,9 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def claim_for(self, read: Read, name: str, max_pages: int | None = None) -> Writer | None:
         reader = read.readers.get(name)
+        over = read.closed or read.settled_short
+        if reader is not None and reader.suspended and not over and not self.owes_a_word(read, name):
+            read.comes_back(name)
         waking = reader is not None and reader.active and not read.closed and not read.settled_short
         if reader is not None and waking:
             reader.resting = False
@@ -130,6 +133,9 @@ class LedgerMachine(RuleBasedStateMachine):
         self.check_refusal(read, name, answer)
         return None
 
+    def owes_a_word(self, read: Read, name: str) -> bool:
+        return any(w.taken_away and w.read is read and w.grant.reader == name for w in self.at_work.values())
+
     def check_refusal(self, read: Read, name: str, refusal: Refusal) -> None:
         """A refusal without retry must leave nothing that the reader could have claimed; one with retry, a reason."""
         reader = read.readers.get(name)
@@ -137,7 +143,12 @@ class LedgerMachine(RuleBasedStateMachine):
             case RefusalReason.CLOSED:
                 assert read.closed
             case RefusalReason.UNKNOWN_READER:
-                assert reader is None or not reader.active
+                assert reader is None or not (reader.active or reader.suspended)
+            case RefusalReason.LATE:
+                assert reader is not None
+                assert reader.suspended
+                assert refusal.retry
+                assert self.owes_a_word(read, name)
             case RefusalReason.NO_SPARE:
                 assert self.reserve.free == 0
                 assert refusal.retry == (self.reserve.size > 0)
@@ -368,6 +379,8 @@ class LedgerMachine(RuleBasedStateMachine):
         assert stats.landed_by_reader == {name: pages for name, pages in read.landed_by.items() if pages}
         assert stats.landed_pages == sum(map(read.landed, read.state)) == sum(read.landed_by.values())
         assert stats.reclaimed_pages == read.faults
+        for name, reader in read.readers.items():
+            assert ledger.counts_on(name) == (reader.active and not reader.resting)
         ended = stats.landed_pages + stats.open_pages + stats.reclaimed_pages + stats.abandoned_pages
         assert stats.granted_pages == ended
         assert stats.granted_pages <= stats.pages + read.faults, "read twice without a fault"

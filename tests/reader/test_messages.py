@@ -115,6 +115,32 @@ def test_a_grant_that_comes_twice_is_carried_once(cluster: Cluster) -> None:
     cluster.check()
 
 
+def test_a_grant_that_its_cancel_overtook_is_not_carried(cluster: Cluster) -> None:
+    grants: list[Grant] = []
+
+    def keep_the_first(sender: str, receiver: str, message: Message) -> bool:
+        if isinstance(message, Grant) and not grants:
+            grants.append(message)
+            return True
+        return False
+
+    cluster.wire.lose = keep_the_first
+    prefill, decode = cluster.prefill(policy="decode"), cluster.decode()
+    hashes = cluster.stored("a", 30)
+    cluster.storage.latency_s = 0.02
+    job = cluster.request(hashes)
+    wait_for(lambda: grants)
+    (grant,) = grants
+    decode.reads.handle(prefill.name, Cancel(grant.room, grant.attempt, grant.claim_id))
+    decode.reads.handle(prefill.name, grant)
+    assert (prefill.name, grant.claim_id) not in decode.reads.in_hand
+    assert [word.claim_id for word in cluster.wire.sent(Cancelled)] == [grant.claim_id] * 2
+    assert job.result() == 30
+    job.check()
+    decode.settle(1)
+    cluster.check()
+
+
 def test_a_cancel_is_not_answered_while_its_claim_is_at_work(cluster: Cluster) -> None:
     prefill, decode = cluster.prefill(policy="decode"), cluster.decode()
     hashes = cluster.stored("a", 9)

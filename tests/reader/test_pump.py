@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 import pytest
 import torch
 
-from sglang_dualpath.protocol import Grant, Offer, Plane, Target
+from sglang_dualpath.protocol import Cancelled, Claim, Grant, Message, Offer, Plane, Target
+from sglang_dualpath.reader.decode import DecodeReads
 from sglang_dualpath.reader.decode_read import Asked, Chunk, DecodeRead
 from sglang_dualpath.reader.prefetch import Prefetch, Rate
 from sglang_dualpath.reader.pump import ClaimPump
 from tests.reader.cluster import CONFIG
+from tests.reader.host import Slots
 
 OFFER = Offer(
     room=0,
@@ -90,6 +94,48 @@ def test_a_refused_read_waits_before_it_asks_again() -> None:
     read.claim_again_s = 5.0
     assert claims([read], now_s=4.9) == []
     assert claims([read], now_s=5.0) == [1, 1]
+
+
+def test_a_refused_claim_is_repeated_when_it_is_due() -> None:
+    first, second, over = open_read(1), open_read(2), open_read(3)
+    first.claim_again_s, second.claim_again_s, over.claim_again_s, over.ended = 7.0, 6.5, 6.1, "met"
+    reads = {1: first, 2: second, 3: over}
+    pump = ClaimPump(CONFIG)
+    assert pump.repeat_in_s(reads, 6.0) == 0.5
+    assert pump.repeat_in_s(reads, 6.5) == 0.5
+    assert pump.repeat_in_s(reads, 7.0) == math.inf
+
+
+def decode_reads() -> tuple[DecodeReads, list[Message]]:
+    """Reads of a decode engine, and what it says."""
+    said: list[Message] = []
+
+    def send(endpoint: str, message: Message) -> None:
+        said.append(message)
+
+    return DecodeReads(config=CONFIG, pages=Slots(8).pages, engine="d", rank=0, send=send), said
+
+
+def test_a_reader_that_waits_wakes_to_repeat_a_claim() -> None:
+    reads, said = decode_reads()
+    read = reads.reads[1] = open_read(1)
+    read.claim_again_s = reads.clock() + 0.1
+    # Much longer than that: nothing else would wake it.
+    assert reads.carriage.next_chunk(20.0) is None
+    assert reads.clock() < read.claim_again_s + 10.0
+    reads.carriage.next_chunk(0.0)
+    assert [type(word) for word in said] == [Claim, Claim]
+
+
+def test_chunks_overdue_beside_the_last_that_may_be_lost_are_all_given_back() -> None:
+    reads, said = decode_reads()
+    read = reads.reads[1] = open_read(1)
+    read.granted.extend(Chunk(read, grant(number), deadline_s=0.0) for number in range(3))
+    read.leases_lost = 2 * reads.claims.claims_per_engine
+    with reads.lock:
+        reads.drop_overdue()
+    assert [word.claim_id for word in said if isinstance(word, Cancelled)] == [0, 1, 2]
+    assert read.ended == "lease_over_unread"
 
 
 def test_chunks_in_memory_are_carried_first() -> None:

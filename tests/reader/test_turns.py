@@ -19,9 +19,7 @@ MIB_S = float(1 << 20)
 
 
 def read(decode: str | None, pages: int, *, cancelled: bool = False) -> PrefillRead:
-    ledger = Ledger(
-        first_page=0, slots=tuple(range(pages)), storage_end_page=pages, reserve=Reserve(()), chunk_pages=1
-    )
+    ledger = Ledger(first_page=0, slots=tuple(range(pages)), storage_end_page=pages, reserve=Reserve(()), chunk_pages=1)
     ledger.join(OWN, Share(End.BACK), local=True)
     if decode is not None:
         ledger.join(decode, Share(End.FRONT))
@@ -73,6 +71,12 @@ def test_what_nobody_else_reads_is_work_that_help_is_needed_for() -> None:
     assert in_turn([first, second], {}, None) == [first, second]
     alone = read(None, 10)
     assert in_turn([first, second, alone], {}, None) == [second, alone, first]
+
+
+def test_a_decode_engine_that_has_left_reads_nothing() -> None:
+    gone, soon, far = read("c", 10), read("a", 1), read("b", 100)
+    gone.ledger.leave("c", now_s=0.0)
+    assert in_turn([gone, soon, far], {}, None) == [gone, far, soon]
 
 
 def test_what_a_decode_engine_holds_in_memory_costs_its_nic_nothing() -> None:
