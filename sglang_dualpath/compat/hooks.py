@@ -18,7 +18,7 @@ from sglang.srt.mem_cache.registry import (
 )
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-from sglang_dualpath.compat import native, seams
+from sglang_dualpath.compat import native, prometheus, seams
 from sglang_dualpath.compat.catalogue import CONNECTOR_SEAMS
 from sglang_dualpath.compat.stop import stop, stop_on_error
 from sglang_dualpath.errors import SeamError
@@ -86,8 +86,10 @@ def verify(ours: Replacements) -> None:
 
 def verify_connector(ours: Replacements, backend: str) -> None:
     """Raise SeamError unless SGLang has what our connector for ``backend`` relies on, and makes its classes."""
-    seams.check(CONNECTOR_SEAMS[backend])
-    if not _kv_classes_in_force(backend, ours.kv_classes(backend)):
+    with prometheus.undecided():
+        seams.check(CONNECTOR_SEAMS[backend])
+        in_force = _kv_classes_in_force(backend, ours.kv_classes(backend))
+    if not in_force:
         raise _changed_too([GET_KV_CLASS])
 
 
