@@ -18,7 +18,6 @@ from collections.abc import Mapping
 from benchmarks.compare.schema import Pools, Settings
 
 PAIR = ("sgl_mc", "sgl_mc_both", "dualpath:split")
-SMALL_POOLS = Pools(20_000, 1.5, 20_000, 1.5)  # four servers fit into 24 GB beside two stores
 
 PRESETS: Mapping[str, Settings] = {
     "smoke": Settings(
@@ -32,7 +31,7 @@ PRESETS: Mapping[str, Settings] = {
     ),
     "two_to_two": Settings(
         "two_to_two", "offline", ("sgl_mc", "dualpath:split"), prefill_servers=2, decode_servers=2, agents=16,
-        pools=SMALL_POOLS,
+        pools=Pools(18_000, 6.0, 30_000, 1.6),  # four servers fit into 24 GB beside two stores
     ),
     "half_load": Settings(
         "half_load", "poisson", ("dualpath:shorter_queue", "dualpath:split"), agents=16, load=0.5

@@ -16,7 +16,7 @@ from benchmarks.testbed.store import MOONCAKE_ENVIRONMENT, Store
 Role = Literal["prefill", "decode"]
 TransferBackend = Literal["mooncake", "nixl"]
 
-SERVER_MEMORY_BYTES = 3 << 30  # private memory of one server's three processes without its pools
+SERVER_MEMORY_BYTES = 5 << 29  # private memory of one server's three processes without its pools
 
 
 @dataclass(frozen=True)

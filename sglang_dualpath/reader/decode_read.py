@@ -95,7 +95,7 @@ class DecodeRead:
     leases_lost: int = 0
     """Chunks that were late by this engine's own clock."""
     cancelled: set[int] = field(default_factory=set)
-    """Claims that were cancelled before their grant was seen, which may still come."""
+    """Claims that were cancelled while they were not waiting here. The grant of one may have been overtaken."""
 
     @property
     def attempt(self) -> int:
