@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -56,9 +57,13 @@ def main() -> None:
     patches = sorted((ROOT / "patches").glob("*.patch"))
     touched = {name for patch in patches for name in changed_files(patch)}
     before = {name: (source.parent / name).read_bytes() for name in touched}
+    if shutil.which("git") is None:
+        raise SystemExit("git applies the patches: install it.")
     for patch in patches:
-        command = ["git", "apply", "--whitespace=error-all", "-p2", f"--directory={copy.relative_to(ROOT)}", str(patch)]
-        if subprocess.run(command, cwd=ROOT).returncode:
+        apply = ["git", "apply", "-p2", f"--directory={copy.relative_to(ROOT)}", str(patch)]
+        if not subprocess.run([*apply, "--reverse", "--check"], cwd=ROOT, stderr=subprocess.DEVNULL).returncode:
+            raise SystemExit(f"{patch.name} is applied to the installed SGLang already: check against a stock one.")
+        if subprocess.run([*apply, "--whitespace=error-all"], cwd=ROOT).returncode:
             raise SystemExit(f"{patch.name} does not apply to the SGLang in {source}.")
         print(f"applied {patch.name}", flush=True)
     spoilt = [name for name, content in before.items() if (source.parent / name).read_bytes() != content]
@@ -68,9 +73,15 @@ def main() -> None:
     search_path = os.pathsep.join(filter(None, [str(copy), os.environ.get("PYTHONPATH")]))
     environment = os.environ | {"PYTHONPATH": search_path, "DUALPATH_PATCHED_SGLANG": str(copy)}
     pytest = [sys.executable, "-m", "pytest", "-q"]
-    for what in ([*UNIT, "-m", "not e2e and not gpu"], END_TO_END):
-        print("+", " ".join([*pytest[1:], *what]), flush=True)
-        code = subprocess.run([*pytest, *what], cwd=ROOT, env=environment).returncode
+    where = [sys.executable, "-c", "import sglang; print(sglang.__file__)"]
+    found = subprocess.run(where, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    if not Path(found.strip()).is_relative_to(copy):
+        raise SystemExit(f"Tests would import SGLang from {found.strip()}, not from the copy in {copy}.")
+    more = shlex.split(os.environ.get("PYTEST_ARGS", ""))
+    for name, what in {"unit": [*UNIT, "-m", "not e2e and not gpu"], "e2e": END_TO_END}.items():
+        command = [*pytest, *what, f"--junitxml=out/{name}-patched.xml", *more]
+        print("+", " ".join(command[1:]), flush=True)
+        code = subprocess.run(command, cwd=ROOT, env=environment).returncode
         if code:
             raise SystemExit(code)
 

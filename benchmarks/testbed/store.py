@@ -62,7 +62,9 @@ def start_file_store(spec: StoreSpec, directory: Path) -> Store:
 def start_nixl_store(spec: StoreSpec, directory: Path) -> Store:
     """The same, read and written by NIXL's POSIX plugin."""
     directory.mkdir(parents=True)
-    config = {"plugin": {"posix": {"active": True, "use_posix_aio": "true"}}, "l3_cleaner_enabled": False}
+    posix = {"active": True, "use_posix_aio": "true"}
+    # Through the page cache: not every file system that temporary files are on can do without.
+    config = {"plugin": {"posix": posix}, "l3_cleaner_enabled": False, "use_direct_io": False}
     environment = {"SGLANG_HICACHE_NIXL_BACKEND_STORAGE_DIR": str(directory)}
     return Store(_flags("nixl", config | dict(spec.extra_config or {})), environment, directory)
 

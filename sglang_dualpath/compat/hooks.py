@@ -6,6 +6,7 @@ class, so ``verify`` looks at what is there in the end, and stops the server.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import pkgutil
 from collections.abc import Callable, Mapping
@@ -119,6 +120,7 @@ def _create_tree(ours: Replacements, ctx: Any) -> Any:
 
     stop_on_error(functools.partial(verify, ours))
     stop_on_error(functools.partial(verify_connector, ours, get_disagg().disaggregation_transfer_backend))
+    native.log()
     if ctx.is_hybrid_swa or ctx.is_hybrid_ssm or ctx.is_dsa:
         kind = "sliding-window" if ctx.is_hybrid_swa else "Mamba" if ctx.is_hybrid_ssm else "DSA"
         stop(
@@ -130,10 +132,9 @@ def _create_tree(ours: Replacements, ctx: Any) -> Any:
 
 def _register_kv_classes(ours: Replacements) -> None:
     for backend in CONNECTOR_SEAMS:
-        try:
+        # Where another plugin was first, it matters for the backend in use alone: see verify_connector.
+        with contextlib.suppress(ValueError):
             native.register_kv_classes(backend, functools.partial(_by_type, ours.kv_classes, backend))
-        except ValueError as error:
-            raise _changed_too([GET_KV_CLASS]) from error
 
 
 def _by_type(kv_classes: Callable[[str], Mapping[type, type]], backend: str) -> dict[Any, type]:

@@ -12,6 +12,9 @@ from sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller import HybridCach
 
 from sglang_dualpath.compat import native
 
+# Looked at once: SGLang does not change while it runs.
+_STORE_IS_TOLD = native.has(native.STORAGE_REQUEST_HANDLE)
+
 PageGetter = Callable[[Any, Sequence[str], torch.Tensor, Any], int]
 PageSetter = Callable[[Sequence[str], torch.Tensor, Any], bool]
 
@@ -55,7 +58,7 @@ class DualPathCacheController(HybridCacheController):
         self._stock_page_set = self.page_set_func
         self.page_get_func = self._get_pages
         self.page_set_func = self._set_pages
-        if native.has(native.STORAGE_REQUEST_HANDLE):
+        if _STORE_IS_TOLD:
             self.storage_backend.batch_exists = functools.partial(self._hits, self.storage_backend.batch_exists)
 
     def read_pages(self, operation: Any, first: int, indices: torch.Tensor) -> int:
@@ -68,7 +71,10 @@ class DualPathCacheController(HybridCacheController):
         prefix = operation.prefix_keys
         if prefix is not None:
             prefix = prefix + operation.hash_value[:first]
-        return self._stock_page_get(operation, hashes, indices, HiCacheStorageExtraInfo(prefix_keys=prefix))
+        extra_info = HiCacheStorageExtraInfo(prefix_keys=prefix)
+        if _STORE_IS_TOLD:
+            extra_info.handle = operation.handle
+        return self._stock_page_get(operation, hashes, indices, extra_info)
 
     def _get_pages(self, operation: Any, hashes: Sequence[str], indices: torch.Tensor, extra_info: Any = None) -> int:
         if self._dualpath is None:
@@ -98,15 +104,13 @@ class DualPathCacheController(HybridCacheController):
             if self._dualpath is not None:
                 self._dualpath.transfer_over(operation)
 
-    def _hits(
-        self, stored_hits: Callable[[list[str], Any], int], hashes: list[str], extra_info: Any = None
-    ) -> int:
+    def _hits(self, stored_hits: Callable[[list[str], Any], int], keys: list[str], extra_info: Any = None) -> int:
         """The store's hit query, for a store that is told whose it is."""
-        stored = stored_hits(hashes, extra_info)
+        stored = stored_hits(keys, extra_info)
         handle = getattr(extra_info, "handle", None)
         if self._dualpath is None or handle is None:
             return stored
-        return self._dualpath.extend_hit(handle, hashes, stored)
+        return self._dualpath.extend_hit(handle, keys, stored)
 
 
 class HitQueryingCacheController(DualPathCacheController):
@@ -125,4 +129,4 @@ class HitQueryingCacheController(DualPathCacheController):
 
 def controller_class() -> type[DualPathCacheController]:
     """The one for the installed SGLang."""
-    return DualPathCacheController if native.has(native.STORAGE_REQUEST_HANDLE) else HitQueryingCacheController
+    return DualPathCacheController if _STORE_IS_TOLD else HitQueryingCacheController

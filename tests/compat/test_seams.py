@@ -24,7 +24,9 @@ pytestmark = pytest.mark.timeout(300)
 
 PACKAGE = Path(sglang_dualpath.__file__).parent
 SWITCH = {"SGLANG_KV_CONNECTOR": "dualpath"}
-SEAMS = (*COMMON_SEAMS, *itertools.chain.from_iterable(CONNECTOR_SEAMS.values()))
+ALL_SEAMS = (*COMMON_SEAMS, *itertools.chain.from_iterable(CONNECTOR_SEAMS.values()))
+# Where the patches are applied, nothing relies on what they make needless.
+SEAMS = [seam for seam in ALL_SEAMS if not (PATCHED and seam.native)]
 
 
 # -- one missing -------------------------------------------------------------------------------------------------------
@@ -42,9 +44,6 @@ def without(forks: ForkServer) -> Mapping[str, Outcome]:
 def test_a_missing_seam_stops_the_process_with_a_sentence_that_names_it(
     without: Mapping[str, Outcome], seam: Seam
 ) -> None:
-    if PATCHED and seam.native is not None:
-        assert seam.name not in without, "a patch makes it needless"
-        return
     sentence = without[seam.name].sentence
     if seam.parameters and seam.attribute is None:
         assert f"{seam.name} has no parameter {seam.parameters[0]}" in sentence
@@ -144,11 +143,11 @@ def test_other_releases_are_refused_by_name(monkeypatch: pytest.MonkeyPatch, rel
 
 
 def test_each_seam_says_what_it_is_why_and_until_when() -> None:
-    assert [one.name for one in SEAMS if not (one.what and one.why and one.remove_when)] == []
+    assert [one.name for one in ALL_SEAMS if not (one.what and one.why and one.remove_when)] == []
 
 
 def test_no_seam_is_named_twice() -> None:
-    assert [name for name, count in Counter(one.name for one in SEAMS).items() if count > 1] == []
+    assert [name for name, count in Counter(one.name for one in ALL_SEAMS).items() if count > 1] == []
 
 
 def sources(*parts: str) -> Iterator[tuple[str, ast.Module]]:
@@ -172,7 +171,7 @@ def own_names() -> set[str]:
 
 
 def test_every_private_name_of_sglang_is_declared() -> None:
-    known = {one.name.rpartition(".")[2] for one in SEAMS} | own_names()
+    known = {one.name.rpartition(".")[2] for one in ALL_SEAMS} | own_names()
     private = [
         f"{where}:{node.lineno} {node.attr}"
         for where, module in sources("hicache", "scheduler", "connector", "compat", "reader", "transfer")
@@ -192,7 +191,7 @@ def test_every_import_and_override_of_sglang_is_declared(forks: ForkServer) -> N
 
 
 def test_every_server_argument_that_is_read_or_set_is_declared() -> None:
-    declared = {one.name.rpartition(".")[2] for one in SEAMS if ".ServerArgs." in one.path}
+    declared = {one.name.rpartition(".")[2] for one in ALL_SEAMS if ".ServerArgs." in one.path}
     used = set()
     for _, module in sources("compat"):
         for node in ast.walk(module):

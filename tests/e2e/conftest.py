@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -18,6 +19,11 @@ from tests.e2e.cover import Model, Row
 from tests.e2e.faulty_store import BACKEND, ROLE_ENV
 from tests.e2e.prompts import NEW_TOKENS, Outputs, Prompts, ask_all, differences, make_prompts
 
+PATCHED = os.environ.get("DUALPATH_PATCHED_SGLANG", "")
+"""Where the copy of SGLang is that `make check-patches` tests against; empty for the installed one."""
+UNHOOKED = (
+    "so DualPath does not hook: hicache-storage-request-handle, register-kv-classes, status-of-a-cleared-room."
+)
 REPOSITORY = Path(__file__).resolve().parents[2]
 MODELS: Mapping[Model, Callable[[Path], Path]] = {"gqa": small_identity_model, "mla": identity_mla_model}
 STORE_BYTES = 1 << 30
@@ -94,7 +100,7 @@ def two_samples(cluster: Cluster, tokens: Sequence[int], wait_s: float = 6.0) ->
 
 
 def log_dir(name: str) -> Path:
-    path = REPOSITORY / "out" / "e2e" / name
+    path = REPOSITORY / "out" / ("e2e-patched" if PATCHED else "e2e") / name
     path.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -147,4 +153,7 @@ def pair(
         router=row.router,
     )
     with Cluster(spec, log_dir=log_dir(str(row))) as cluster:
+        for role in ("prefill", "decode"):
+            log = cluster.server_log(role)
+            assert (UNHOOKED in log) == bool(PATCHED), f"{role} does not run the SGLang that is to be tested"
         yield Pair(cluster, switch, row)
