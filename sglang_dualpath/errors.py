@@ -6,6 +6,7 @@
     ├── SeamError            this SGLang lacks something that DualPath hooks into
     ├── ControlError         a control socket cannot be opened, or is closed already
     └── TransferError        a push to a peer failed; what arrived of it is unknown
+        └── NotPushedError   it failed before any of it was handed to the engine
 
     ValueError
     ├── PolicyError          a policy cannot be loaded      (defined in sglang_dualpath.policy)
@@ -29,6 +30,7 @@ __all__ = [
     "SeamError",
     "ControlError",
     "TransferError",
+    "NotPushedError",
     "PolicyError",
     "UnknownPolicyError",
     "ProtocolError",
@@ -66,3 +68,7 @@ class TransferError(DualPathError):
     def __init__(self, message: str, *, over: Callable[[], bool] = lambda: True) -> None:
         super().__init__(message)
         self.over = over
+
+
+class NotPushedError(TransferError):
+    """A push was given up before any of it was handed to the engine: the peer's pages are as they were."""

@@ -7,10 +7,13 @@ other; what SGLang makes of it is looked at once more when it is through.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import logging
 from collections.abc import Callable
 from typing import Any
+
+from packaging.version import Version
 
 from sglang_dualpath.compat.stop import stop_on_error
 from sglang_dualpath.compat.stores import STORES, has_zero_copy, sharing_warnings
@@ -24,6 +27,8 @@ _STORAGE_FLAGS = "--hicache-storage-backend and --hicache-storage-backend-extra-
 _LAYOUTS = ("page_first", "page_first_direct")
 # What the command line may say, and SGLang's name for it: it renames Mooncake over TCP.
 _TRANSFERS = {"mooncake": "mooncake", "mooncake_tcp": "mooncake", "nixl": "nixl"}
+# Takes pages as runs, and waits without the GIL.
+OLDEST_NIXL = "1.5"
 
 FIRST_STEP = "handle_deprecated_dp_attention"
 DEFAULTS_STEP = "handle_pd_disaggregation"
@@ -176,6 +181,16 @@ def _unsupported(cfg: Any) -> list[Row]:
             "install it with pip install nixl",
         ),
         (
+            transfer == "nixl" and is_older("nixl", OLDEST_NIXL),
+            f"--disaggregation-transfer-backend nixl with nixl {_version('nixl')}",
+            f"install {OLDEST_NIXL} or newer with pip install -U nixl",
+        ),
+        (
+            transfer == "nixl" and envs.SGLANG_DISAGGREGATION_NIXL_BACKEND.get() != "UCX",
+            f"SGLANG_DISAGGREGATION_NIXL_BACKEND={envs.SGLANG_DISAGGREGATION_NIXL_BACKEND.get()}",
+            "it is not known when its writes have ended, as it is of UCX, the default",
+        ),
+        (
             cfg.disaggregation_decode_allocation_policy == "prefill_complete",
             "--disaggregation-decode-allocation-policy prefill_complete",
             "the decode server takes part before prefill is complete",
@@ -206,6 +221,19 @@ def _unsupported(cfg: Any) -> list[Row]:
             "the Rust bootstrap server has no route for control endpoints",
         ),
     ]
+
+
+def _version(package: str) -> str | None:
+    """Of an installed package; None for one without metadata, such as a build on the search path."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def is_older(package: str, oldest: str) -> bool:
+    found = _version(package)
+    return found is not None and Version(found) < Version(oldest)
 
 
 def _unsupported_storage(cfg: Any) -> list[Row]:

@@ -121,6 +121,7 @@ class DecodeState:
         for read in self.reads.values():
             if read.ended is None and read.through:
                 self.claim_no_more(read, "through")
+        self._avoid_hanging_pushes()
         now = self.clock()
         for read in self.claims.next_claims(self.reads, now):
             self._requests += 1
@@ -128,6 +129,18 @@ class DecodeState:
             read.requested[self._requests] = Asked(now, read.memory_left > 0)
             pages = self.claims.claim_pages(read.offer, self.rate, self.pages.page_bytes)
             self.say(read, Claim(read.room, read.attempt, self._requests, pages))
+
+    def _avoid_hanging_pushes(self) -> None:
+        """What is read for an engine could not be pushed to it while a failed push to it has not ended."""
+        hanging = {one.endpoint for one in self.draining if not one.over()}
+        if not hanging:
+            return
+        for read in self.reads.values():
+            idle = not (read.requested or read.granted or read.busy)
+            if read.ended is None and read.offer is not None and idle and read.endpoint in hanging:
+                self.fall_back(read, "push_hangs")
+                if read.phase is Phase.OFFERED:
+                    self.settle(read)
 
     def queued_bytes(self) -> int:
         """Bytes of opened reads that this engine has not read, claimed or not."""

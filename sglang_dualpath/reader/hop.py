@@ -13,7 +13,7 @@ import threading
 import time
 
 from sglang_dualpath import metrics
-from sglang_dualpath.errors import TransferError
+from sglang_dualpath.errors import NotPushedError, TransferError
 from sglang_dualpath.reader.decode import Chunk, DecodeReads
 from sglang_dualpath.reader.prefetch import ReadLimit
 from sglang_dualpath.reader.priority import PUSHING, READING, give_way
@@ -128,6 +128,8 @@ class HopReader:
         started = time.monotonic()
         try:
             self._transport.push(peer, source, chunk.grant.slots[: chunk.good_pages])
+        except NotPushedError as error:
+            self._chunks.pushed(chunk, str(error))
         except TransferError as error:
             self._chunks.pushed(chunk, str(error), drain_s=self._transport.drain_s, over=error.over)
         except Exception as fault:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
+from sglang_dualpath.errors import NotPushedError
+
 
 class Descriptor(NamedTuple):
     """One contiguous copy: ``length`` bytes from local address ``source`` to the peer's address ``destination``."""
@@ -81,8 +83,8 @@ class Transport(Protocol):
         """Write each page of ``source_slots`` into the peer's slot at the same position of ``target_slots``.
 
         Raises :class:`~sglang_dualpath.errors.TransferError` when any of it did not arrive; what arrived then is
-        unknown, and more may until the error's ``over`` says so and for :attr:`drain_s` after that. Raises ValueError
-        for pools whose pages differ in their layout, before anything is written.
+        unknown, and more may until the error's ``over`` says so and for :attr:`drain_s` after that; but nothing did or
+        will where it is a :class:`~sglang_dualpath.errors.NotPushedError`, as for pages that differ in their layout.
         """
 
     def close(self) -> None:
@@ -110,11 +112,11 @@ def coalesce(descriptors: Iterable[Descriptor]) -> list[Descriptor]:
 def check_layouts(
     source: PoolGeometry, source_slots: Sequence[int], target: PoolGeometry, target_slots: Sequence[int]
 ) -> None:
-    """Raise ValueError when pages of the two pools would not mean the same, or their numbers differ."""
+    """Raise NotPushedError when pages of the two pools would not mean the same, or their numbers differ."""
     if len(source_slots) != len(target_slots):
-        raise ValueError(f"{len(source_slots)} source pages for {len(target_slots)} target pages")
+        raise NotPushedError(f"{len(source_slots)} source pages for {len(target_slots)} target pages")
     if [plane.page_bytes for plane in source.planes] != [plane.page_bytes for plane in target.planes]:
-        raise ValueError("the pages of the two host pools differ in their layout")
+        raise NotPushedError("the pages of the two host pools differ in their layout")
 
 
 def push_plan(
@@ -122,7 +124,7 @@ def push_plan(
 ) -> list[Descriptor]:
     """Descriptors that copy each source slot into the target slot at the same position, coalesced per plane.
 
-    For engines that are given addresses. Raises ValueError as :func:`check_layouts` does.
+    For engines that are given addresses. Raises as :func:`check_layouts` does.
     """
     check_layouts(source, source_slots, target, target_slots)
 

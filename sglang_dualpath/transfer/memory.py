@@ -7,7 +7,7 @@ import threading
 from collections.abc import Sequence
 from typing import ClassVar
 
-from sglang_dualpath.errors import TransferError
+from sglang_dualpath.errors import NotPushedError, TransferError
 from sglang_dualpath.transfer.base import Peer, PoolGeometry, push_plan
 
 
@@ -42,7 +42,7 @@ class MemoryTransport:
         with self._lock:
             target = self._peers.get(peer.session)
         if target is None:
-            raise TransferError(f"no peer has the session {peer.session!r}")
+            raise NotPushedError(f"no peer has the session {peer.session!r}")
         for one in plan:
             if not target._holds(one.destination, one.length):
                 raise TransferError(

@@ -11,15 +11,18 @@ nobody fetches would pile up in an agent whose owner does not ask for notificati
 from __future__ import annotations
 
 import logging
+import os
+import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from sglang_dualpath.errors import TransferError
+from sglang_dualpath.errors import NotPushedError, TransferError
 from sglang_dualpath.protocol import MAX_METADATA_BYTES
 from sglang_dualpath.transfer.base import Peer, PoolGeometry, check_layouts
 
@@ -29,9 +32,14 @@ _Indices = npt.NDArray[np.int32]
 
 # As long as Mooncake waits by default.
 _DEADLINE_S = 30.0
-# A write that failed is purged with its connection. UCX looks after a silent peer every 20 s (UCX_KEEPALIVE_INTERVAL),
-# so within two rounds it has given up every other rail, and a third one covers what kernels and NICs still hold.
-_DRAIN_S = 60.0
+# A write that failed is purged with its connection. UCX looks after a silent peer in rounds, so within two of them it
+# has given up every other rail, and a third one covers what kernels and NICs still hold.
+_DRAIN_ROUNDS = 3
+_ROUND_ENV = "UCX_KEEPALIVE_INTERVAL"
+_DEFAULT_ROUND_S = 20.0
+_UNITS_S = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "": 1.0, "m": 60.0}
+# What NIXL raises once a write has ended in an error. After any other one, it may still be under way.
+_ENDED = frozenset({"nixlRemoteDisconnectError", "nixlBackendError", "nixlCancelledError"})
 # NIXL has to be asked whether a write is done. Where all cores are busy, and NIXL's own threads keep one each busy, who
 # sleeps wakes up as late as a kernel's time slice, some 3 ms, which is more than a chunk takes. So around the time at
 # which a write should be done it is asked without a pause, as SGLang does for all of its own, but never for longer than
@@ -56,18 +64,19 @@ class NixlTransport:
             until it has ended, and until then its peer gets no other.
     """
 
-    drain_s = _DRAIN_S
-
     def __init__(self, agent: Any, *, deadline_s: float = _DEADLINE_S) -> None:
+        self.drain_s = _drain_s()
         self._agent = agent
         self._deadline_s = deadline_s
         self._pool = PoolGeometry((), 0)
         self._metadata = b""
         self._registered: Any = None
         self._pages: Any = None
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
         self._peers: dict[str, _Met] = {}
         self._stragglers: list[_Straggler] = []
+        self._watcher: threading.Thread | None = None
+        self._closed = False
 
     @property
     def session(self) -> str:
@@ -87,8 +96,7 @@ class NixlTransport:
         except Exception as fault:  # NIXL's exceptions have no base of their own
             size_bytes = sum(length for _, length in regions)
             raise TransferError(
-                f"NIXL could not register {size_bytes} bytes of the host pool ({_said(fault)}); check the memlock "
-                "limit, and that nixl is at least 1.5"
+                f"NIXL could not register {size_bytes} bytes of the host pool ({_said(fault)}); check the memlock limit"
             ) from fault
         if len(self._metadata) > MAX_METADATA_BYTES:
             raise TransferError(
@@ -96,6 +104,10 @@ class NixlTransport:
                 "fewer NICs with --disaggregation-ib-device or UCX_NET_DEVICES"
             )
         self._pool = pool
+        self._closed = False
+        # From the start: a thread that cannot be had when a write hangs would leave that write unwatched.
+        self._watcher = threading.Thread(target=self._watch_all, name="dualpath-nixl-stragglers", daemon=True)
+        self._watcher.start()
 
     # -- pushes --------------------------------------------------------------------------------------------------------
 
@@ -103,17 +115,19 @@ class NixlTransport:
         check_layouts(self._pool, source_slots, peer.pool, target_slots)
         if not source_slots:
             return
-        met = self._met(peer.session)
         # One push at a time for each peer: one connection carries them, and a failed one takes it down.
-        with met.lock:
-            if met.straggler is not None and not met.straggler.ended:
-                raise TransferError(f"an earlier push to {peer.session} has not ended yet")
-            met.straggler = None
+        with self._held(peer.session) as met:
+            if met.straggler is not None:
+                if not met.straggler.ended:
+                    raise NotPushedError(f"an earlier push to {peer.session} has not ended yet")
+                if met.straggler.failed:
+                    self._forget(met)
+                met.straggler = None
             ours, theirs = _indices(self._pool, source_slots), _indices(peer.pool, target_slots)
             try:
                 handle = self._make(met, peer, ours, theirs)
             except Exception as fault:
-                raise TransferError(f"NIXL cannot write to {peer.session}: {_said(fault)}") from fault
+                raise NotPushedError(f"NIXL cannot write to {peer.session}: {_said(fault)}") from fault
             self._carry(met, peer.session, handle, len(source_slots))
 
     def _make(self, met: _Met, peer: Peer, ours: _Indices, theirs: _Indices) -> Any:
@@ -131,17 +145,17 @@ class NixlTransport:
 
     def _carry(self, met: _Met, session: str, handle: Any, pages: int) -> None:
         """Post a write and wait for its end. Releases ``handle``, or leaves it to a straggler."""
-        state, why = "ERR", "an error"
+        why = "an error"
         began_s = time.monotonic()
         took_s = 0.0
         try:
             state = self._agent.transfer(handle)
-            while state == "PROC" and took_s < self._deadline_s:
-                time.sleep(_pause_s(took_s, expected_s=met.page_s * pages))
-                state = self._agent.check_xfer_state(handle)
-                took_s = time.monotonic() - began_s
         except Exception as fault:
             state, why = "ERR", _said(fault)
+        while state == "PROC" and took_s < self._deadline_s:
+            time.sleep(_pause_s(took_s, expected_s=met.page_s * pages))
+            state, why = _state(self._agent.check_xfer_state, handle)
+            took_s = time.monotonic() - began_s
         if state == "PROC":
             met.straggler = self._watch(handle)
             raise TransferError(
@@ -156,14 +170,28 @@ class NixlTransport:
 
     # -- peers ---------------------------------------------------------------------------------------------------------
 
+    @contextmanager
+    def _held(self, session: str) -> Iterator[_Met]:
+        """A peer, with its lock held."""
+        while True:
+            met = self._met(session)
+            with met.lock:
+                with self._lock:
+                    parted = self._peers.get(session) is not met
+                if not parted:
+                    yield met
+                    return
+
     def _met(self, session: str) -> _Met:
         with self._lock:
-            met = self._peers.get(session)
+            met = self._peers.pop(session, None)
             if met is None:
+                # Those that were not used for longest come first.
                 for name, other in list(self._peers.items()):
                     if len(self._peers) >= _MAX_PEERS and self._part(other):
                         del self._peers[name]
-                met = self._peers[session] = _Met()
+                met = _Met()
+            self._peers[session] = met
             return met
 
     def _meet(self, met: _Met, peer: Peer) -> None:
@@ -211,22 +239,32 @@ class NixlTransport:
         straggler = _Straggler(handle, self.drain_s)
         with self._lock:
             self._stragglers.append(straggler)
-            if len(self._stragglers) == 1:
-                threading.Thread(target=self._watch_all, name="dualpath-nixl-stragglers", daemon=True).start()
+            self._lock.notify_all()
         return straggler
 
     def _watch_all(self) -> None:
         while True:
-            time.sleep(_STRAGGLER_PAUSE_S)
             with self._lock:
                 self._stragglers = [one for one in self._stragglers if not one.ended]
-                if not self._stragglers:
+                while not self._stragglers and not self._closed:
+                    self._lock.wait()
+                if self._closed:
                     return
                 stragglers = list(self._stragglers)
             for one in stragglers:
                 one.look(self._agent.check_xfer_state)
+            time.sleep(_STRAGGLER_PAUSE_S)
 
     def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            self._lock.notify_all()
+        if self._watcher is not None:
+            self._watcher.join()
+            self._watcher = None
+        if any(not one.ended for one in self._stragglers):
+            logger.warning("The host pool stays registered with NIXL: a push that has not ended may read from it.")
+            return
         with self._lock:
             peers, self._peers = list(self._peers.values()), {}
         for met in peers:
@@ -260,6 +298,7 @@ class _Straggler:
         self._handle = handle
         self._drain_s = drain_s
         self._over_s: float | None = None
+        self.failed = False
 
     @property
     def ended(self) -> bool:
@@ -271,13 +310,36 @@ class _Straggler:
 
     def look(self, check: Callable[[Any], str]) -> None:
         """See whether it has ended."""
-        try:
-            state = check(self._handle)
-        except Exception:
-            state = "ERR"
+        state, _ = _state(check, self._handle)
         if state != "PROC":
             _release(self._handle)
-            self._over_s = time.monotonic() + (0.0 if state == "DONE" else self._drain_s)
+            self.failed = state != "DONE"
+            self._over_s = time.monotonic() + (self._drain_s if self.failed else 0.0)
+
+
+def _drain_s() -> float:
+    """How long bytes of a failed write may still arrive. Raises TransferError when UCX is told not to look for that."""
+    said = os.environ.get(_ROUND_ENV, "")
+    parts = re.fullmatch(r"(\d+(?:\.\d+)?)(us|ms|s|m|)", said.strip()) if said else None
+    if said and parts is None:
+        raise TransferError(
+            f"{_ROUND_ENV}={said} does not say within what time UCX gives up a dead peer, after which its pages can be "
+            f"used again; unset it, or give a time as in {_ROUND_ENV}=20s"
+        )
+    round_s = float(parts[1]) * _UNITS_S[parts[2]] if parts else _DEFAULT_ROUND_S
+    return _DRAIN_ROUNDS * max(round_s, _DEFAULT_ROUND_S)
+
+
+def _state(check: Callable[[Any], str], handle: Any) -> tuple[str, str]:
+    """What NIXL says of a write, and why it failed if it did. One whose state cannot be had may still be under way."""
+    try:
+        return check(handle), "an error"
+    except Exception as fault:
+        name = type(fault).__name__
+        if name in _ENDED:
+            return "ERR", _said(fault)
+        logger.debug("NIXL does not say how a write goes on: %s (%s).", name, _said(fault))
+        return "PROC", ""
 
 
 def _pause_s(took_s: float, expected_s: float) -> float:

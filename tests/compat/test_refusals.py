@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
 
-from sglang_dualpath.compat.stores import shared_devices
+from sglang_dualpath.compat import arguments
+from sglang_dualpath.compat.stores import hop_devices, shared_devices
 from tests.compat.conftest import Argv
 from tests.compat.forks import ForkServer, Outcome, request
 
@@ -48,6 +51,11 @@ CASES = {
             "from its prefill servers' command line",
         ),
         storage=None,
+    ),
+    "NIXL over another network library": Case(
+        ("--disaggregation-transfer-backend", "nixl"),
+        ("SGLANG_DISAGGREGATION_NIXL_BACKEND=LIBFABRIC", "when its writes have ended", "UCX"),
+        env=(("SGLANG_DISAGGREGATION_NIXL_BACKEND", "LIBFABRIC"),),
     ),
     "tensor parallel": Case(("--tp-size", "2"), ("--tp-size 2", ONE_READER)),
     "pipeline parallel": Case(("--pp-size", "2"), ("--pp-size 2", ONE_READER)),
@@ -201,6 +209,19 @@ def test_nixl_without_its_package_is_refused(forks: ForkServer, argv: Argv) -> N
     assert forks.run("launch_server_without", "nixl", argv("prefill")).code == 0
 
 
+@pytest.mark.parametrize(("version", "refused"), [("1.4.2", True), ("1.5", False), ("1.10.0", False), (None, False)])
+def test_a_nixl_that_is_too_old_is_known(
+    monkeypatch: pytest.MonkeyPatch, version: str | None, refused: bool
+) -> None:
+    def installed(package: str) -> str:
+        if version is None:
+            raise importlib.metadata.PackageNotFoundError(package)
+        return version
+
+    monkeypatch.setattr(importlib.metadata, "version", installed)
+    assert arguments.is_older("nixl", arguments.OLDEST_NIXL) is refused
+
+
 # -- models ------------------------------------------------------------------------------------------------------------
 
 
@@ -235,6 +256,21 @@ def test_models_with_more_than_one_pool_are_refused_where_their_tree_would_be_ma
 )
 def test_devices_that_store_and_hop_share(store: str, hop: str | None, shared: str | None) -> None:
     assert shared_devices(store, hop) == shared
+
+
+@pytest.mark.parametrize(
+    ("said", "means"),
+    [
+        ("mlx5_0:1,mlx5_1:1", "mlx5_0,mlx5_1"),
+        ("all", None),
+        ("^mlx5_1:1", None),
+        ("", "of the flag"),
+    ],
+)
+def test_devices_that_ucx_was_given(monkeypatch: pytest.MonkeyPatch, said: str, means: str | None) -> None:
+    monkeypatch.setenv("UCX_NET_DEVICES", said)
+    flags = SimpleNamespace(disaggregation_transfer_backend="nixl", disaggregation_ib_device="of the flag")
+    assert hop_devices(flags) == means
 
 
 def test_devices_in_a_file_are_read(tmp_path: Path) -> None:

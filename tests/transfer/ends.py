@@ -46,7 +46,7 @@ class End:
             self.transport._deadline_s = deadline_s
         self.transport.register(self.pool)
         self.errors: list[TransferError] = []
-        self.fill(0)
+        self.fill(os.getpid() if kind != "memory" else id(self) % 2**32)  # not what its peer holds
 
     def peer(self) -> Peer:
         return Peer(self.transport.session, self.transport.metadata, self.pool)

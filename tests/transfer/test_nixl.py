@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sglang_dualpath.errors import TransferError
+from sglang_dualpath.errors import NotPushedError, TransferError
 from sglang_dualpath.protocol import MAX_METADATA_BYTES
 from sglang_dualpath.transfer import Peer, PlaneGeometry, PoolGeometry
 from sglang_dualpath.transfer import nixl as nixl_module
@@ -18,6 +18,18 @@ from sglang_dualpath.transfer.nixl import NixlTransport
 
 POOL = PoolGeometry((PlaneGeometry(1000, 10, 10), PlaneGeometry(5000, 20, 8)), 6)
 PEER = Peer("there", b"about there", PoolGeometry((PlaneGeometry(7000, 10, 10), PlaneGeometry(9000, 8, 8)), 4))
+
+
+class nixlBackendError(Exception):  # noqa: N801, N818  NIXL's own names
+    pass
+
+
+class nixlRemoteDisconnectError(Exception):  # noqa: N801, N818
+    pass
+
+
+class nixlUnknownError(Exception):  # noqa: N801, N818
+    pass
 
 
 class Handle:
@@ -133,8 +145,8 @@ def test_memory_that_cannot_be_registered_is_refused_at_start(agent: Agent, monk
     [
         (["ERR"], "an error"),
         (["PROC", "PROC", "ERR"], "an error"),
-        ([RuntimeError("NIXL_ERR_BACKEND")], "NIXL_ERR_BACKEND"),
-        (["PROC", RuntimeError("NIXL_ERR_REMOTE_DISCONNECT"), "DONE"], "NIXL_ERR_REMOTE_DISCONNECT"),
+        ([nixlBackendError("NIXL_ERR_BACKEND")], "NIXL_ERR_BACKEND"),
+        (["PROC", nixlRemoteDisconnectError("NIXL_ERR_REMOTE_DISCONNECT"), "DONE"], "NIXL_ERR_REMOTE_DISCONNECT"),
     ],
 )
 def test_a_failed_write_is_released_and_its_peer_is_met_again(
@@ -189,7 +201,41 @@ def test_an_overdue_write_is_kept_until_it_has_ended(agent: Agent) -> None:
     wait_until(caught.value.over)
     assert agent.log[-1] == "release write 1"
     transport.push(PEER, [0], [0])
-    wait_until(lambda: not any(thread.name.startswith("dualpath-nixl") for thread in threading.enumerate()))
+
+
+def test_memory_stays_registered_while_a_write_may_read_it(agent: Agent) -> None:
+    transport = transport_over(agent, deadline_s=0.02)
+    agent.states = ["PROC"]
+    with pytest.raises(TransferError):
+        transport.push(PEER, [0], [0])
+    transport.close()
+    assert not [line for line in agent.log if line.startswith(("release", "unload", "deregister"))]
+
+
+def test_the_thread_that_watches_ends_with_its_transport(agent: Agent) -> None:
+    transport = transport_over(agent)
+    (watcher,) = (one for one in threading.enumerate() if one is transport._watcher)
+    transport.close()
+    assert not watcher.is_alive()
+
+
+@pytest.mark.parametrize(
+    ("said", "drain_s"), [("", 60.0), ("20s", 60.0), ("1m", 180.0), ("100ms", 60.0), ("30", 90.0), ("40.5s", 121.5)]
+)
+def test_bytes_of_a_failed_write_are_waited_for_as_long_as_ucx_looks_for_dead_peers(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch, said: str, drain_s: float
+) -> None:
+    monkeypatch.setenv("UCX_KEEPALIVE_INTERVAL", said)
+    assert NixlTransport(agent).drain_s == pytest.approx(drain_s)
+
+
+@pytest.mark.parametrize("said", ["inf", "soon", "-1s"])
+def test_a_ucx_that_never_looks_for_dead_peers_is_refused(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch, said: str
+) -> None:
+    monkeypatch.setenv("UCX_KEEPALIVE_INTERVAL", said)
+    with pytest.raises(TransferError, match=f"UCX_KEEPALIVE_INTERVAL={said} .* unset it"):
+        NixlTransport(agent)
 
 
 def test_an_overdue_write_that_fails_is_over_when_nothing_of_it_can_be_under_way(agent: Agent) -> None:
@@ -198,9 +244,24 @@ def test_an_overdue_write_that_fails_is_over_when_nothing_of_it_can_be_under_way
     agent.states = ["PROC"]
     with pytest.raises(TransferError) as caught:
         transport.push(PEER, [0], [0])
-    agent.states = [RuntimeError("NIXL_ERR_REMOTE_DISCONNECT")]
+    agent.states = [nixlRemoteDisconnectError("NIXL_ERR_REMOTE_DISCONNECT")]
     wait_until(lambda: "release write 1" in agent.log)
     assert not caught.value.over()
+    wait_until(caught.value.over)
+    agent.states = ["DONE"]
+    transport.push(PEER, [0], [0])
+    assert agent.log[-3:] == ["unload there", "load about there", "release write 2"], "its connection was dead"
+
+
+def test_a_write_whose_state_cannot_be_had_may_still_be_under_way(agent: Agent) -> None:
+    transport = transport_over(agent, deadline_s=0.02)
+    agent.states = ["PROC", nixlUnknownError("was invalidated or re-registered during transfer")]
+    with pytest.raises(TransferError, match="not ended") as caught:
+        transport.push(PEER, [0], [0])
+    time.sleep(0.2)
+    assert not caught.value.over()
+    assert "release write 1" not in agent.log
+    agent.states = ["DONE"]
     wait_until(caught.value.over)
 
 
@@ -275,9 +336,9 @@ def test_a_frozen_peer_takes_no_core(agent: Agent, clock: Clock) -> None:
 def test_pools_that_differ_are_refused_before_anything_is_written(agent: Agent) -> None:
     transport = transport_over(agent)
     other = PEER._replace(pool=PoolGeometry((PlaneGeometry(7000, 10, 9),), 4))
-    with pytest.raises(ValueError, match="differ"):
+    with pytest.raises(NotPushedError, match="differ"):
         transport.push(other, [0], [0])
-    with pytest.raises(ValueError, match="1 source pages for 2"):
+    with pytest.raises(NotPushedError, match="1 source pages for 2"):
         transport.push(PEER, [0], [0, 1])
     assert not agent.moved
 
@@ -296,6 +357,18 @@ def test_peers_are_forgotten_when_there_are_too_many(agent: Agent, monkeypatch: 
     monkeypatch.setattr(agent, "make_prepped_xfer", lambda *_: Handle("write", agent.log))
     transport.push(PEER._replace(session="third"), [0], [0])
     assert "unload there" in agent.log
+
+
+def test_the_peer_that_was_not_pushed_to_for_longest_is_forgotten_first(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nixl_module, "_MAX_PEERS", 2)
+    monkeypatch.setattr(agent, "make_prepped_xfer", lambda *_: Handle("write", agent.log))
+    transport = transport_over(agent)
+    for name in ("there", "second", "there", "third"):
+        agent.loaded_as = name
+        transport.push(PEER._replace(session=name), [0], [0])
+    assert [line for line in agent.log if line.startswith("unload")] == ["unload second"]
 
 
 def test_closing_gives_everything_back_once(agent: Agent) -> None:

@@ -39,6 +39,7 @@ def test_a_frozen_peer_is_overdue_and_gets_all_of_the_write_when_it_wakes(stack:
     peer = there.call("peer")
     assert here.call("push", peer, [0], [0]) is None
     wanted = here.call("page", 5)
+    assert there.call("page", 5) != wanted
     pid = there.call("pid")
     os.kill(pid, signal.SIGSTOP)
     try:
@@ -54,6 +55,7 @@ def test_a_frozen_peer_is_overdue_and_gets_all_of_the_write_when_it_wakes(stack:
     here.call("forget_last")
     assert here.call("over", 20.0)
     assert there.call("page", 5) == wanted
+    assert there.call("page", 1) == here.call("page", 1)
     assert here.call("push", peer, [2], [3]) is None
     assert there.call("page", 3) == here.call("page", 2)
 
@@ -87,11 +89,14 @@ def test_a_peer_that_says_wrong_things_of_itself_is_an_error_and_a_right_one_is_
 ) -> None:
     here, there = reachable
     peer = there.call("peer")
+    there.call("fill", 7)
+    untouched = there.call("pages")
     said = here.call("push", wrong(peer), [3], [3])
     assert said is not None
     assert says in said
-    assert here.call("push", peer, [3], [4]) is None
-    assert there.call("page", 4) == here.call("page", 3)
+    assert there.call("pages") == untouched
+    assert here.call("push", peer, [5], [4]) is None
+    assert there.call("page", 4) == here.call("page", 5)
 
 
 def test_neighbours_become_one_piece_of_each_plane_that_has_no_gaps(reachable: tuple[Worker, Worker]) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_dualpath.errors import TransferError
+from sglang_dualpath.errors import NotPushedError, TransferError
 from sglang_dualpath.transfer import (
     Descriptor,
     MemoryTransport,
@@ -177,9 +177,9 @@ def test_a_plan_copies_each_page_of_each_plane_and_joins_neighbours() -> None:
 
 
 def test_a_plan_needs_equal_pages_and_counts() -> None:
-    with pytest.raises(ValueError, match="differ"):
+    with pytest.raises(NotPushedError, match="differ"):
         push_plan(pool(0, 4, 10), [1], pool(0, 4, 9), [1])
-    with pytest.raises(ValueError, match="1 source pages for 2"):
+    with pytest.raises(NotPushedError, match="1 source pages for 2"):
         push_plan(pool(0, 4), [1], pool(0, 4), [1, 2])
 
 
