@@ -20,15 +20,16 @@ POOL = PoolGeometry((PlaneGeometry(1000, 10, 10), PlaneGeometry(5000, 20, 8)), 6
 PEER = Peer("there", b"about there", PoolGeometry((PlaneGeometry(7000, 10, 10), PlaneGeometry(9000, 8, 8)), 4))
 
 
-class nixlBackendError(Exception):  # noqa: N801, N818  NIXL's own names
+# Named as NIXL names them.
+class nixlBackendError(Exception):
     pass
 
 
-class nixlRemoteDisconnectError(Exception):  # noqa: N801, N818
+class nixlRemoteDisconnectError(Exception):
     pass
 
 
-class nixlUnknownError(Exception):  # noqa: N801, N818
+class nixlUnknownError(Exception):
     pass
 
 
