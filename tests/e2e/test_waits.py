@@ -112,7 +112,9 @@ def test_both_engines_read_though_prefetches_must_wait_for_room(ours: Storm) -> 
         assert seen.total("parked_total", server=role) > 0, f"the pools of the {role} server were large enough"
 
 
-def test_nothing_stands_still_for_longer_than_a_lease_more_than_in_stock(storms: Mapping[str, Storm], ours: Storm) -> None:
+def test_nothing_stands_still_for_longer_than_a_lease_more_than_in_stock(
+    storms: Mapping[str, Storm], ours: Storm
+) -> None:
     assert ours.stall_s <= storms["stock"].stall_s + DualPathConfig().lease_s
 
 
