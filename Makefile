@@ -16,7 +16,7 @@ COVERAGE_PERCENT := 95
 
 help:
 	@echo "make demo      both load paths on this machine, compared with stock SGLang token by token"
-	@echo "make test      lint, types, layers, unit tests, end-to-end tests"
+	@echo "make test      lint, types, layers, unit tests, end-to-end tests, patches/"
 	@echo "make test-all  the same, end-to-end tests over the full cross of settings"
 	@echo "make smoke     the benchmark on a few short contexts: does it run, are its bytes right?"
 	@echo "make check-patches   patches/ on a copy of the installed SGLang, and tests against it"

@@ -158,9 +158,10 @@ SEAMS: tuple[Seam, ...] = (
     Seam(_CONTROLLER, "host pool", "the pages that hops write to", "never", attribute="storage_host_pool"),
     Seam(_CONTROLLER, "host pool", "the reserve is taken from it", "never", attribute="mem_pool_host"),
     Seam(_CONTROLLER, "store", "asks for known pages", _BACKEND, attribute="storage_backend"),
-    Seam(_CONTROLLER, "store", "knows which may be read by several threads", _BACKEND, attribute="storage_backend_type"),
+    Seam(_CONTROLLER, "store", "knows which several threads may read", _BACKEND, attribute="storage_backend_type"),
     Seam(_CONTROLLER, "page size", "counts pages", "never", attribute="page_size"),
-    Seam(_SRT + "mem_cache.hicache_storage.HiCacheStorageExtraInfo", "getter's argument", "reads out of order", _BACKEND,
+    Seam(_SRT + "mem_cache.hicache_storage.HiCacheStorageExtraInfo", "getter's argument", "reads out of order",
+         _BACKEND,
          ("prefix_keys",)),
     Seam(_OPERATION + ".is_terminated", "prefetch", "a getter returns on an abort", _BACKEND),
     *_attributes(
