@@ -6,6 +6,7 @@ installed source decides.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
@@ -39,28 +40,17 @@ def log() -> None:
 
 
 def _storage_request_handle() -> bool:
-    """Asked for the hits of a request, is the store told which one? A field alone, of half a patch, is not enough."""
-    from sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller import HybridCacheController
-
-    told: list[Any] = []
-    request = object()
-
-    def hits(keys: Any, extra_info: Any) -> int:
-        del keys
-        told.append(vars(extra_info).get("handle"))
-        return 0
-
-    controller = SimpleNamespace(page_size=1, storage_backend=SimpleNamespace(batch_exists=hits))
-    result = SimpleNamespace(update_kv_hit_pages=lambda pages: None)
-    operation = SimpleNamespace(
-        handle=request, token_ids=[1], last_hash="", assume_stored=False, prefix_keys=None, pool_transfers=None,
-        pool_storage_result=result,
-    )  # fmt: skip
+    """Is there a place for it, and do hit queries and reads fill it in? Half of a patch is as good as none."""
     try:
-        HybridCacheController._storage_hit_query(controller, operation)
-    except Exception:
-        return False  # changed beyond what this knows
-    return told == [request]
+        from sglang.srt.managers.cache_controller import HiCacheController
+        from sglang.srt.mem_cache.hicache_storage import HiCacheStorageExtraInfo
+        from sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller import HybridCacheController
+
+        askers = (HybridCacheController._storage_hit_query, HiCacheController._page_transfer)
+    except (ImportError, AttributeError):
+        return False  # changed beyond what this knows, which the check of seams is for
+    has_place = "handle" in {field.name for field in dataclasses.fields(HiCacheStorageExtraInfo)}
+    return has_place and all("handle" in asker.__code__.co_names for asker in askers)
 
 
 def _register_kv_classes() -> bool:
