@@ -85,7 +85,7 @@ def _install() -> None:
 
     from sglang_dualpath.compat import arguments, hooks
     from sglang_dualpath.connector import kv_classes
-    from sglang_dualpath.hicache.controller import DualPathCacheController
+    from sglang_dualpath.hicache.controller import controller_class
     from sglang_dualpath.hicache.decode import DualPathDecodeTree
     from sglang_dualpath.hicache.prefill import DualPathPrefillTree
     from sglang_dualpath.scheduler.decode_queues import DualPathDecodePreallocQueue, DualPathDecodeTransferQueue
@@ -95,7 +95,7 @@ def _install() -> None:
         scheduler=DualPathScheduler,
         prealloc_queue=DualPathDecodePreallocQueue,
         transfer_queue=DualPathDecodeTransferQueue,
-        controller=DualPathCacheController,
+        controller=controller_class(),
         kv_classes=kv_classes,
         trees={"prefill": DualPathPrefillTree, "decode": DualPathDecodeTree},
     )

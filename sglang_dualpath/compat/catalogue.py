@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from sglang_dualpath.compat import native
 from sglang_dualpath.compat.seams import Seam
 
 _SRT = "sglang.srt."
@@ -33,6 +34,7 @@ _STORE = _SRT + "mem_cache.storage.mooncake_store.mooncake_store.MooncakeStoreCo
 _OFFICIAL = "never: it is the official place"
 _PLUGGABLE = "SGLang has a registry of KV connectors"
 _HANDLE = "the HiCache storage interface carries the request handle"
+_BACKEND = "it does, and reads of a request may come in any order: then the read paths are a storage backend"
 _EVENTS = "the tree calls back on prefetch events"
 _LIFECYCLE = "SGLang has request lifecycle callbacks"
 _PARKING = "a prefetch can be parked and reissued by upstream while the request bootstraps"
@@ -106,7 +108,7 @@ SEAMS: tuple[Seam, ...] = (
     Seam(_SCHEDULER, "scheduler class", "replaced by a subclass", _LIFECYCLE),
     Seam(_SCHEDULER + ".init_disaggregation", "queues and KV managers", "our side is built after them", _LIFECYCLE),
     Seam(_SCHEDULER + "._prefetch_kvcache", "prefetch at arrival",
-         "tells which room a prefetch belongs to, and reissues", _HANDLE, ("req", "storage_hit_end")),
+         "tells which room a prefetch belongs to, and reissues", _BACKEND, ("req", "storage_hit_end")),
     Seam(_SCHEDULER + "._add_request_to_queue", "arrival", "starts the decode engine's read after acceptance",
          _LIFECYCLE, ("req", "is_retracted")),
     Seam(_SCHEDULER + "._process_hicache_events", "event loop", "parked prefetches are reissued here", _PARKING),
@@ -142,30 +144,33 @@ SEAMS: tuple[Seam, ...] = (
               "tells a shortage", _WAITING),
     Seam(_DISAGG + "decode_hicache_mixin.HiCacheRestoreResult", "decode restore", "tells a shortage", _WAITING),
     # -- HiCache controller
-    Seam(_CONTROLLER, "cache controller class", "replaced by a subclass", _HANDLE),
-    Seam(_CONTROLLER + ".attach_storage_backend", "storage attach", "wraps the page getter and setter", _HANDLE),
-    Seam(_CONTROLLER + "._page_transfer", "prefetch transfer", "knows when it is over", _HANDLE, ("operation",)),
+    Seam(_CONTROLLER, "cache controller class", "replaced by a subclass", _BACKEND),
+    Seam(_CONTROLLER + ".attach_storage_backend", "storage attach", "wraps the page getter and setter", _BACKEND),
+    Seam(_CONTROLLER + "._page_transfer", "prefetch transfer", "knows when it is over", _BACKEND, ("operation",)),
     Seam(_CONTROLLER + "._storage_hit_query", "storage hit query", "adds pages that the decode engine holds",
-         "hit queries are pluggable", ("operation",)),
+         _HANDLE, ("operation",), native=native.STORAGE_REQUEST_HANDLE),
+    Seam(_SRT + "mem_cache.hicache_storage.HiCacheStorage.batch_exists", "store's hit query",
+         "the same, where the store is told whose hits it asks for", _BACKEND, ("keys", "extra_info")),
     Seam(_CONTROLLER + ".prefetch_rate_limited", "prefetch rate limit", "parks what is declined for now", _PARKING),
     Seam(_CONTROLLER + ".parse_storage_backend_extra_config", "store settings", "reads them as SGLang does",
          _WITH_OURS, ("storage_backend_extra_config",)),
-    Seam(_CONTROLLER, "page getter", "the seam of the read paths", _HANDLE, attribute="page_get_func"),
-    Seam(_CONTROLLER, "page setter", "no write-back of known pages", _HANDLE, attribute="page_set_func"),
-    Seam(_CONTROLLER, "stop event", "a getter returns on a flush", _HANDLE, attribute="storage_stop_event"),
+    Seam(_CONTROLLER, "page getter", "the seam of the read paths", _BACKEND, attribute="page_get_func"),
+    Seam(_CONTROLLER, "page setter", "no write-back of known pages", _BACKEND, attribute="page_set_func"),
+    Seam(_CONTROLLER, "stop event", "a getter returns on a flush", _BACKEND, attribute="storage_stop_event"),
     Seam(_CONTROLLER, "host pool", "the pages that hops write to", "never", attribute="storage_host_pool"),
     Seam(_CONTROLLER, "host pool", "the reserve is taken from it", "never", attribute="mem_pool_host"),
-    Seam(_CONTROLLER, "store", "asks for known pages", _HANDLE, attribute="storage_backend"),
-    Seam(_CONTROLLER, "store", "knows which may be read by several threads", _HANDLE, attribute="storage_backend_type"),
+    Seam(_CONTROLLER, "store", "asks for known pages", _BACKEND, attribute="storage_backend"),
+    Seam(_CONTROLLER, "store", "knows which several threads may read", _BACKEND, attribute="storage_backend_type"),
     Seam(_CONTROLLER, "page size", "counts pages", "never", attribute="page_size"),
-    Seam(_SRT + "mem_cache.hicache_storage.HiCacheStorageExtraInfo", "getter's argument", "reads out of order", _HANDLE,
+    Seam(_SRT + "mem_cache.hicache_storage.HiCacheStorageExtraInfo", "getter's argument", "reads out of order",
+         _BACKEND,
          ("prefix_keys",)),
-    Seam(_OPERATION + ".is_terminated", "prefetch", "a getter returns on an abort", _HANDLE),
+    Seam(_OPERATION + ".is_terminated", "prefetch", "a getter returns on an abort", _BACKEND),
     *_attributes(
         _OPERATION,
         "handle hash_value host_indices storage_start storage_hit_count prefix_keys assume_stored all_hash_values"
         " pool_transfers",
-        "prefetch", "what is read, and where to", _HANDLE,
+        "prefetch", "what is read, and where to", _BACKEND,
     ),
     # -- trees
     Seam(_TREE, "tree class", "our trees are subclasses", _EVENTS),
@@ -233,9 +238,10 @@ _MOONCAKE_SEAMS: tuple[Seam, ...] = (
     Seam(_MOONCAKE + ".MooncakeKVManager", "transfer engine", "the hop uses it too", "never", attribute="engine"),
     Seam(_COMMON + "CommonKVManager.check_status", "status of a transfer",
          "upstream's transfer worker ends with a KeyError when its room is cleared while it looks",
-         "upstream's worker survives that", ("bootstrap_room",)),
+         "upstream's worker survives that", ("bootstrap_room",), native=native.STATUS_OF_A_CLEARED_ROOM),
     Seam(_COMMON + "CommonKVManager", "status of a transfer", "read where check_status reads it",
-         "upstream's worker survives a cleared room", attribute="request_status"),
+         "upstream's worker survives a cleared room", attribute="request_status",
+         native=native.STATUS_OF_A_CLEARED_ROOM),
     Seam(_ENGINE + ".batch_transfer_sync", "push", "the hop", "never",
          ("session_id", "buffers", "peer_buffer_addresses", "lengths")),
     *_methods(_ENGINE, "get_session_id register deregister", "registered memory", "the hop", "never"),

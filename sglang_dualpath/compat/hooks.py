@@ -6,6 +6,7 @@ class, so ``verify`` looks at what is there in the end, and stops the server.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import pkgutil
 from collections.abc import Callable, Mapping
@@ -18,7 +19,7 @@ from sglang.srt.mem_cache.registry import (
 )
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-from sglang_dualpath.compat import prometheus, seams
+from sglang_dualpath.compat import native, prometheus, seams
 from sglang_dualpath.compat.catalogue import CONNECTOR_SEAMS
 from sglang_dualpath.compat.stop import stop, stop_on_error
 from sglang_dualpath.errors import SeamError
@@ -60,7 +61,10 @@ class Replacements(NamedTuple):
 
 def install(ours: Replacements) -> None:
     """Register every hook of a server whose switch is on. SGLang applies them; see :func:`verify`."""
-    HookRegistry.register(GET_KV_CLASS, functools.partial(_our_kv_class, ours.kv_classes), HookType.AROUND)
+    if native.has(native.REGISTER_KV_CLASSES):
+        _register_kv_classes(ours)
+    else:
+        HookRegistry.register(GET_KV_CLASS, functools.partial(_our_kv_class, ours.kv_classes), HookType.AROUND)
     for target, replacement in ours.classes.items():
         HookRegistry.register(target, replacement, HookType.REPLACE)
     if get_radix_cache_factory(TREE_BACKEND) is None:
@@ -69,7 +73,8 @@ def install(ours: Replacements) -> None:
 
 def verify(ours: Replacements) -> None:
     """Raise SeamError unless every hook was applied and is in force."""
-    missing = [target for target in (GET_KV_CLASS, *ours.classes) if target not in HookRegistry._patched]
+    hooked = [*ours.classes] if native.has(native.REGISTER_KV_CLASSES) else [GET_KV_CLASS, *ours.classes]
+    missing = [target for target in hooked if target not in HookRegistry._patched]
     if missing:
         raise SeamError(
             f"SGLang could not apply the hooks of sglang_dualpath on {', '.join(missing)}; see the log above for the "
@@ -115,6 +120,7 @@ def _create_tree(ours: Replacements, ctx: Any) -> Any:
 
     stop_on_error(functools.partial(verify, ours))
     stop_on_error(functools.partial(verify_connector, ours, get_disagg().disaggregation_transfer_backend))
+    native.log()
     if ctx.is_hybrid_swa or ctx.is_hybrid_ssm or ctx.is_dsa:
         kind = "sliding-window" if ctx.is_hybrid_swa else "Mamba" if ctx.is_hybrid_ssm else "DSA"
         stop(
@@ -122,6 +128,24 @@ def _create_tree(ours: Replacements, ctx: Any) -> Any:
             "together with the KV pages."
         )
     return create_unified_radix_cache(ctx, cache_class=ours.trees[get_disagg().disaggregation_mode])
+
+
+def _register_kv_classes(ours: Replacements) -> None:
+    for backend in CONNECTOR_SEAMS:
+        # Where another plugin was first, it matters for the backend in use alone: see verify_connector.
+        with contextlib.suppress(ValueError):
+            native.register_kv_classes(backend, functools.partial(_by_type, ours.kv_classes, backend))
+
+
+def _by_type(kv_classes: Callable[[str], Mapping[type, type]], backend: str) -> dict[Any, type]:
+    """Our classes of a transfer backend by what each of them is."""
+    from sglang.srt.disaggregation.common.conn import CommonKVBootstrapServer, CommonKVManager, CommonKVReceiver
+    from sglang.srt.disaggregation.utils import KVClassType
+
+    bases = {KVClassType.MANAGER: CommonKVManager, KVClassType.RECEIVER: CommonKVReceiver,
+             KVClassType.BOOTSTRAP_SERVER: CommonKVBootstrapServer}  # fmt: skip
+    ours = kv_classes(backend).values()
+    return {kind: cls for kind, base in bases.items() for cls in ours if issubclass(cls, base)}
 
 
 def _our_kv_class(

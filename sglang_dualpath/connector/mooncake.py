@@ -5,6 +5,7 @@ from __future__ import annotations
 from sglang.srt.disaggregation.base import KVPoll
 from sglang.srt.disaggregation.mooncake import MooncakeKVBootstrapServer, MooncakeKVManager, MooncakeKVReceiver
 
+from sglang_dualpath.compat import native
 from sglang_dualpath.connector.gated import GatedKVManager, GatedKVReceiver, PublishingKVBootstrapServer
 from sglang_dualpath.transfer import Transport
 from sglang_dualpath.transfer.mooncake import MooncakeTransport
@@ -13,6 +14,10 @@ from sglang_dualpath.transfer.mooncake import MooncakeTransport
 class DualPathMooncakeKVManager(GatedKVManager, MooncakeKVManager):
     def transport(self) -> Transport:
         return MooncakeTransport(self.engine)
+
+
+class TolerantMooncakeKVManager(DualPathMooncakeKVManager):
+    """For an SGLang whose transfer workers do not survive a room that is cleared beside them."""
 
     def check_status(self, bootstrap_room: int) -> KVPoll:
         """The status of a room; ``Failed`` for one that has been cleared, where upstream raises KeyError.
@@ -35,7 +40,9 @@ class DualPathMooncakeKVBootstrapServer(PublishingKVBootstrapServer, MooncakeKVB
 
 
 KV_CLASSES: dict[type, type] = {
-    MooncakeKVManager: DualPathMooncakeKVManager,
+    MooncakeKVManager: (
+        DualPathMooncakeKVManager if native.has(native.STATUS_OF_A_CLEARED_ROOM) else TolerantMooncakeKVManager
+    ),
     MooncakeKVReceiver: DualPathMooncakeKVReceiver,
     MooncakeKVBootstrapServer: DualPathMooncakeKVBootstrapServer,
 }

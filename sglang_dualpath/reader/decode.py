@@ -117,7 +117,8 @@ class DecodeReads(DecodeState):
     def without_prefetch(self, read: DecodeRead, why: str | None = None) -> None:
         """Nothing is to be read from storage here; what is held in memory is pushed while the request goes on."""
         with self.lock:
-            if why is not None and read.memory_left <= 0 and read.ended is None:
+            # Granted chunks are all of what it holds in memory: without host pages nothing else is claimed.
+            if why is not None and read.memory_left <= 0 and not read.granted and read.ended is None:
                 self.say(read, Decline(read.room, read.attempt, why))
                 self.end(read, why)
             self.settle(read)

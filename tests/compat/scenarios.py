@@ -118,13 +118,27 @@ def without_each_seam() -> dict[str, tuple[int, str]]:
     from sglang_dualpath.compat.catalogue import CONNECTOR_SEAMS, SEAMS
     from sglang_dualpath.plugin import register
 
-    outcomes = {seam.name: _outcome_without(seam, register) for seam in SEAMS}
+    outcomes = {seam.name: _outcome_without(seam, register) for seam in SEAMS if _needed(seam)}
     from sglang.srt.plugins import load_plugins
 
     load_plugins()  # all is right again
     for backend, seams in CONNECTOR_SEAMS.items():
-        outcomes |= {seam.name: _outcome_without(seam, lambda backend=backend: make_tree(backend)) for seam in seams}
+        needed = filter(_needed, seams)
+        outcomes |= {seam.name: _outcome_without(seam, lambda backend=backend: make_tree(backend)) for seam in needed}
     return outcomes
+
+
+def _needed(seam: Any) -> bool:
+    from sglang_dualpath.compat import native
+
+    return seam.native is None or not native.has(seam.native)
+
+
+def natives() -> dict[str, bool]:
+    """What SGLang is found to offer by itself."""
+    from sglang_dualpath.compat import native
+
+    return {name: native.has(name) for name in native._LOOKS}
 
 
 def _outcome_without(seam: Any, start: Callable[[], None]) -> tuple[int, str]:

@@ -10,7 +10,7 @@ import pytest
 
 from sglang_dualpath.config import FLAGS
 from tests.compat.conftest import Argv
-from tests.compat.forks import ForkServer
+from tests.compat.forks import PATCHED, ForkServer
 
 # The first test of a run waits for the process that imports SGLang, on a machine that may be in use.
 pytestmark = pytest.mark.timeout(300)
@@ -24,7 +24,8 @@ FLAG_HOOKS = [
 OTHER_HOOKS = [
     "sglang.srt.disaggregation.decode.DecodePreallocQueue",
     "sglang.srt.disaggregation.decode.DecodeTransferQueue",
-    "sglang.srt.disaggregation.utils.get_kv_class",
+    # Natively registered where the patches are applied.
+    *([] if PATCHED else ["sglang.srt.disaggregation.utils.get_kv_class"]),
     "sglang.srt.managers.scheduler.Scheduler",
     "sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller.HybridCacheController",
 ]

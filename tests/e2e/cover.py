@@ -10,13 +10,13 @@ import itertools
 import os
 from typing import Literal, NamedTuple
 
-Store = Literal["mooncake", "file"]
+Store = Literal["mooncake", "file", "nixl", "dynamic"]
 Router = Literal["gateway", "mini_lb"]
 Model = Literal["gqa", "mla"]
 Transfer = Literal["mooncake", "nixl"]
 Ranks = Literal["tp1", "tp2"]
 
-STORES: tuple[Store, ...] = ("mooncake", "file")
+STORES: tuple[Store, ...] = ("mooncake", "file", "nixl", "dynamic")
 ROUTERS: tuple[Router, ...] = ("gateway", "mini_lb")
 MODELS: tuple[Model, ...] = ("gqa", "mla")
 TRANSFERS: tuple[Transfer, ...] = ("mooncake", "nixl")
@@ -43,11 +43,13 @@ class Row(NamedTuple):
 
 COVER = (
     Row("mooncake", "gateway", "gqa", "mooncake", "tp1"),
-    Row("file", "mini_lb", "mla", "mooncake", "tp1"),
-    Row("file", "mini_lb", "gqa", "nixl", "tp1"),
-    Row("file", "gateway", "mla", "nixl", "tp2"),
-    Row("mooncake", "mini_lb", "gqa", "nixl", "tp2"),
-    Row("mooncake", "gateway", "mla", "mooncake", "tp2"),
+    Row("mooncake", "mini_lb", "mla", "nixl", "tp2"),
+    Row("file", "gateway", "gqa", "mooncake", "tp1"),
+    Row("file", "mini_lb", "mla", "nixl", "tp2"),
+    Row("nixl", "gateway", "gqa", "nixl", "tp2"),
+    Row("nixl", "mini_lb", "mla", "mooncake", "tp1"),
+    Row("dynamic", "gateway", "mla", "mooncake", "tp2"),
+    Row("dynamic", "mini_lb", "gqa", "nixl", "tp1"),
 )
 FULL = tuple(Row(*values) for values in itertools.product(STORES, ROUTERS, MODELS, TRANSFERS, RANKS))
 

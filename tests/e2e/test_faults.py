@@ -23,7 +23,7 @@ from tests.e2e.conftest import REPOSITORY, SETTINGS, log_dir
 from tests.e2e.counters import Counters, count
 from tests.e2e.cover import TRANSFERS, Model
 from tests.e2e.direct import ask_pair
-from tests.e2e.faulty_store import ROLE_ENV
+from tests.e2e.faulty_store import BACKEND, ROLE_ENV
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
@@ -107,7 +107,6 @@ def faults(request: pytest.FixtureRequest, model_path: Callable[[Model], Path]) 
             **SETTINGS,  # type: ignore[arg-type]
         )
 
-    backend = {"backend_name": "faulty", "module_path": "tests.e2e.faulty_store", "class_name": "FaultyStore"}
     spec = ClusterSpec(
         model=model_path("gqa"),
         servers=[
@@ -115,7 +114,7 @@ def faults(request: pytest.FixtureRequest, model_path: Callable[[Model], Path]) 
             server("decode", "decode"),
             server("decode", "plain", connector=None),
         ],
-        store=StoreSpec(kind="dynamic", extra_config={**backend, "interface_v1": 1}),
+        store=StoreSpec(kind="dynamic", extra_config=BACKEND),
         router=None,
         network=NetworkSpec(snic_bits_per_s=None, cnic_bits_per_s=None),
     )

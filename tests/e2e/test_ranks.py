@@ -17,7 +17,7 @@ from benchmarks.testbed.store import StoreSpec
 from tests.e2e.conftest import REPOSITORY, calm_flags, log_dir
 from tests.e2e.counters import count
 from tests.e2e.cover import Model
-from tests.e2e.faulty_store import ROLE_ENV
+from tests.e2e.faulty_store import BACKEND, ROLE_ENV
 from tests.e2e.prompts import Outputs, Prompts, ask, ask_all
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
@@ -77,11 +77,10 @@ def pair(request: pytest.FixtureRequest, model_path: Callable[[Model], Path]) ->
             **SETTINGS,  # type: ignore[arg-type]
         )
 
-    backend = {"backend_name": "faulty", "module_path": "tests.e2e.faulty_store", "class_name": "FaultyStore"}
     spec = ClusterSpec(
         model=model_path(model),
         servers=(server("prefill"), server("decode")),
-        store=StoreSpec(kind="dynamic", extra_config={**backend, "interface_v1": 1}),
+        store=StoreSpec(kind="dynamic", extra_config=BACKEND),
     )
     with Cluster(spec, log_dir=log_dir(f"ranks-{model}")) as cluster:
         yield Pair(cluster, prompts)
