@@ -94,7 +94,7 @@ class PrefillReads:
     def arrived(self, room: int, handle: Hashable) -> None:
         """SGLang is about to look for this request's pages (again, with a new attempt, if it did so before)."""
         with self.lock:
-            state = self._room(room)
+            state = self.room(room)
             state.arrived = True
             state.handles.add(handle)
             state.closed = None
@@ -111,8 +111,8 @@ class PrefillReads:
         """SGLang has no room for this request's prefetch now, and will be asked again. Counted once per request."""
         with self.lock:
             number = self._room_of.get(handle)
-            if number is not None and not self._room(number).parked:
-                self._room(number).parked = True
+            if number is not None and not self.room(number).parked:
+                self.room(number).parked = True
                 metrics.PARKED.add(engine_role="prefill", reason=reason)
                 logger.info("DualPath read of room %d waits (%s).", number, reason)
 
@@ -123,7 +123,7 @@ class PrefillReads:
         """
         with self.lock:
             room = self._room_of.get(handle)
-            if room is not None and self._room(room).closed is None:
+            if room is not None and self.room(room).closed is None:
                 self._close_room(room, NoOfferReason.NOT_ASKED)
 
     def gone(self, handle: Hashable) -> None:
@@ -131,7 +131,7 @@ class PrefillReads:
         with self.lock:
             room = self._room_of.pop(handle, None)
             if room is not None:
-                self._room(room).handles.discard(handle)
+                self.room(room).handles.discard(handle)
                 self._close_room(room, NoOfferReason.CLOSED)
 
     def opened(self, prefetch: Prefetch) -> PrefillRead | None:
@@ -142,7 +142,7 @@ class PrefillReads:
                 return known
             now = self.clock()
             number = self._room_of.get(prefetch.handle)
-            room = self._room(number) if number is not None else None
+            room = self.room(number) if number is not None else None
             read = PrefillRead(
                 room=number,
                 attempt=room.attempts if room else 0,
@@ -335,7 +335,8 @@ class PrefillReads:
         metrics.FALLBACKS.add(reason=reason)
         logger.warning("DualPath falls back (%s) for room %s, attempt %d.", reason, read.room, read.attempt)
 
-    def _room(self, number: int) -> Room:
+    def room(self, number: int) -> Room:
+        """The state of a room, made when it is new. Lock held."""
         state = self.rooms.get(number)
         if state is None:
             state = self.rooms[number] = Room(spoke_s=self.clock())
@@ -349,12 +350,8 @@ class PrefillReads:
                         del self._room_of[handle]
         return state
 
-    def room(self, number: int) -> Room:
-        """The state of a room, made when it is new. Lock held."""
-        return self._room(number)
-
     def _close_room(self, number: int, reason: NoOfferReason) -> None:
-        state = self._room(number)
+        state = self.room(number)
         state.closed = reason
         if state.hello is not None and (state.read is None or state.read.closed):
             self.answer(number, state)
@@ -385,7 +382,7 @@ class PrefillReads:
             self.clock() - read.opened_s,
         )  # fmt: skip
         if read.room is not None:
-            state = self._room(read.room)
+            state = self.room(read.room)
             if state.read is read:
                 # Rooms are remembered for long; a read has its prompt's hashes and host indices.
                 state.read = None
