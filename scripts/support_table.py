@@ -1,0 +1,61 @@
+"""Writes README's table of what is tested together, out of the rows that the end-to-end tests run.
+
+    python scripts/support_table.py            # print it
+    python scripts/support_table.py --write    # put it into README.md
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tests.e2e.cover import COVER, MODELS, RANKS, STORES, TRANSFERS, Row  # noqa: E402
+
+BEGIN = "<!-- written by scripts/support_table.py -->\n"
+END = "<!-- end of what is written by scripts/support_table.py -->\n"
+NAMES = {"gqa": "MHA / GQA", "mla": "MLA", "tp1": "1", "tp2": "2"}
+
+
+def table() -> str:
+    """The table, as Markdown."""
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in _lines())
+
+
+def _lines() -> Iterator[list[str]]:
+    yield ["transfer", "model", "tensor parallel", "host layout", *(f"store `{store}`" for store in STORES)]
+    yield ["---"] * (4 + len(STORES))
+    for transfer, model, ranks in itertools.product(TRANSFERS, MODELS, RANKS):
+        cells = ["CI" if _in_ci(store, model, transfer, ranks) else "`make test-all`" for store in STORES]
+        yield [f"`{transfer}`", NAMES[model], NAMES[ranks], "`page_first_direct`", *cells]
+    yield ["both", "both", "any", "`page_first`", *["needs a GPU"] * len(STORES)]
+    yield ["others", "others", "-", "others", *["refused"] * len(STORES)]
+
+
+def _in_ci(store: str, model: str, transfer: str, ranks: str) -> bool:
+    def cell(row: Row) -> tuple[str, ...]:
+        return row.store, row.model, row.transfer, row.ranks
+
+    return (store, model, transfer, ranks) in map(cell, COVER)
+
+
+def in_readme(readme: str) -> str:
+    """The table that a README has. Raises ValueError if it has none."""
+    return readme[readme.index(BEGIN) + len(BEGIN) : readme.index(END)]
+
+
+def main() -> None:
+    if sys.argv[1:] == ["--write"]:
+        path = ROOT / "README.md"
+        text = path.read_text()
+        path.write_text(text.replace(BEGIN + in_readme(text), BEGIN + table()))
+    else:
+        print(table(), end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,18 @@
+"""README's table of what is tested together is the one that the end-to-end tests' rows make."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_the_table_in_the_readme_is_up_to_date() -> None:
+    spec = importlib.util.spec_from_file_location("support_table", ROOT / "scripts" / "support_table.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    readme = (ROOT / "README.md").read_text()
+    assert script.in_readme(readme) == script.table(), "run python scripts/support_table.py --write"
