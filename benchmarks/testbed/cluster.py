@@ -303,6 +303,7 @@ class Cluster:
             env=server_environment(spec, place, self.store, os.environ),
             namespace=place.namespace,
             stage="servers",
+            sees_links=spec.transfer_backend == "nixl",  # UCX looks for its devices in /sys
         )
 
     def _wait_for_servers(self, names: Sequence[str]) -> None:

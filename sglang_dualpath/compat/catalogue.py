@@ -149,6 +149,8 @@ SEAMS: tuple[Seam, ...] = (
     Seam(_CONTROLLER + "._page_transfer", "prefetch transfer", "knows when it is over", _BACKEND, ("operation",)),
     Seam(_CONTROLLER + "._storage_hit_query", "storage hit query", "adds pages that the decode engine holds",
          _HANDLE, ("operation",), native=native.STORAGE_REQUEST_HANDLE),
+    Seam(_SRT + "managers.cache_controller.HiCacheController", "storage reads",
+         "looked at: do they tell the store whose they are?", _HANDLE),
     Seam(_SRT + "mem_cache.hicache_storage.HiCacheStorage.batch_exists", "store's hit query",
          "the same, where the store is told whose hits it asks for", _BACKEND, ("keys", "extra_info")),
     Seam(_CONTROLLER + ".prefetch_rate_limited", "prefetch rate limit", "parks what is declined for now", _PARKING),
