@@ -95,7 +95,7 @@ class Prefill:
         self.asked: list[list[int]] = []
         side: Any = object.__new__(PrefillSide)
         side._parked = {}
-        side.reads = SimpleNamespace(clock=lambda: self.now_s)
+        side.reads = SimpleNamespace(clock=lambda: self.now_s, parked=lambda handle, reason: None)
         side._queue = SimpleNamespace(queue=[self.req])
         side._scheduler = SimpleNamespace(
             _prefetch_kvcache=self.reissued.append,
