@@ -118,6 +118,20 @@ def calm_flags(tp_size: int) -> tuple[str, ...]:
     return ("--dualpath-lease", "2.5", "--dualpath-read-rate-limit", "16MiB") if tp_size > 1 else ()
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Every policy over two of the stores, and the default one over all: neither knows of the other."""
+    params = {item: getattr(item, "callspec", None) for item in items}
+    needless = [item for item, spec in params.items() if spec is not None and _is_needless(spec.params)]
+    if needless and not os.environ.get("DUALPATH_TEST_ALL"):
+        config.hook.pytest_deselected(items=needless)
+        items[:] = [item for item in items if item not in needless]
+
+
+def _is_needless(params: Mapping[str, object]) -> bool:
+    row = params.get("pair")
+    return isinstance(row, Row) and row.store in ("nixl", "dynamic") and params.get("policy", "split") != "split"
+
+
 def log_dir(name: str) -> Path:
     path = REPOSITORY / "out" / ("e2e-patched" if PATCHED else "e2e") / name
     path.mkdir(parents=True, exist_ok=True)
