@@ -19,7 +19,8 @@ COPY = ROOT / "out" / "patched"
 # What knows SGLang by heart, and one end-to-end row: every output compared with the patched SGLang's own.
 UNIT = ["tests/compat/test_seams.py", "tests/compat/test_switch.py", "tests/connector", "tests/hicache"]
 ROW = "mooncake-gateway-gqa"
-END_TO_END = ["tests/e2e/test_identity.py", "-m", "e2e", "-k", f"{ROW} and (nothing_is_cached or from_storage or holds_more or hit_bytes)"]
+TESTS = f"{ROW} and (nothing_is_cached or from_storage or holds_more or hit_bytes)"
+END_TO_END = ["tests/e2e/test_identity.py", "-m", "e2e", "-k", TESTS]
 
 
 def installed() -> Path:
