@@ -20,11 +20,14 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 ROW = Row("file", "gateway", "gqa", "mooncake", "tp1")
 
 
-# By the room's number, which both servers know; or by turns, when decode servers ask the bootstrap server who has it.
-@pytest.fixture(scope="module", params=["follow_bootstrap_room", "round_robin"])
-def cluster(
-    request: pytest.FixtureRequest, model_path: Callable[[Model], Path], references: References
-) -> Iterator[Cluster]:
+# By turns, and decode servers ask the bootstrap server who has a request. By the room's number, which is the default,
+# stock SGLang 0.5.23 fails every room that is not rank 0's: it compares the number with the rank in attention data
+# parallel, which without that is 0 on all of them.
+METHOD = "round_robin"
+
+
+@pytest.fixture(scope="module")
+def cluster(model_path: Callable[[Model], Path], references: References) -> Iterator[Cluster]:
     references.of(ROW)  # before ours starts: both at once do not fit
     flags = ("--dualpath-policy", "tests.e2e.policies:Sharing", "--dualpath-chunk-bytes", "262144")
     settings = {**SETTINGS, "kv_connector": "dualpath", "extra_env": {"PYTHONPATH": str(REPOSITORY)}}
@@ -34,14 +37,14 @@ def cluster(
             ServerSpec(
                 role="prefill",
                 dp_size=2,
-                extra_flags=(*flags, "--load-balance-method", request.param),
+                extra_flags=(*flags, "--load-balance-method", METHOD),
                 **settings,  # type: ignore[arg-type]
             ),
             ServerSpec(role="decode", extra_flags=flags, **settings),  # type: ignore[arg-type]
         ),
         store=StoreSpec(kind=ROW.store, capacity_bytes=STORE_BYTES),
     )
-    with Cluster(spec, log_dir=log_dir(f"dp-{request.param}")) as cluster:
+    with Cluster(spec, log_dir=log_dir("dp")) as cluster:
         yield cluster
 
 
