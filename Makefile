@@ -12,13 +12,14 @@ COVERAGE_PERCENT := 95
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo lint unit checks e2e smoke test test-all clean distclean
+.PHONY: help setup demo lint unit checks e2e check-patches smoke test test-all clean distclean
 
 help:
 	@echo "make demo      both load paths on this machine, compared with stock SGLang token by token"
-	@echo "make test      lint, types, layers, unit tests, end-to-end tests"
+	@echo "make test      lint, types, layers, unit tests, end-to-end tests, patches/"
 	@echo "make test-all  the same, end-to-end tests over the full cross of settings"
 	@echo "make smoke     the benchmark on a few short contexts: does it run, are its bytes right?"
+	@echo "make check-patches   patches/ on a copy of the installed SGLang, and tests against it"
 	@echo "make lint      lint, types and layers alone"
 	@echo "make unit      unit tests and their coverage alone"
 	@echo "make clean     remove outputs and caches; make distclean: $(VENV) too"
@@ -60,14 +61,17 @@ e2e: $(STAMP)
 	@mkdir -p out
 	$(BIN)/python -m pytest -m "e2e and not gpu" --durations=40 --junitxml=out/e2e.xml $(PYTEST_ARGS)
 
-test: checks e2e
+check-patches: $(STAMP)
+	$(BIN)/python scripts/check_patches.py
+
+test: checks e2e check-patches
 
 # No claim of speed: that the benchmark runs, and that its bytes and tokens are right.
 smoke: $(STAMP)
 	$(BIN)/python -m benchmarks.compare --preset smoke --out out/smoke
 
 test-all: export DUALPATH_TEST_ALL := 1
-test-all: checks e2e
+test-all: checks e2e check-patches
 
 clean:
 	rm -rf out build dist .coverage .coverage.* htmlcov .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache

@@ -6,6 +6,7 @@
     ├── SeamError            this SGLang lacks something that DualPath hooks into
     ├── ControlError         a control socket cannot be opened, or is closed already
     └── TransferError        a push to a peer failed; what arrived of it is unknown
+        └── NotPushedError   it failed before any of it was handed to the engine
 
     ValueError
     ├── PolicyError          a policy cannot be loaded      (defined in sglang_dualpath.policy)
@@ -17,6 +18,8 @@ that a server prints before it exits. The others are raised while serving, and e
 failed request.
 """
 
+from collections.abc import Callable
+
 from sglang_dualpath.policy import PolicyError, UnknownPolicyError
 from sglang_dualpath.protocol import ProtocolError
 
@@ -27,6 +30,7 @@ __all__ = [
     "SeamError",
     "ControlError",
     "TransferError",
+    "NotPushedError",
     "PolicyError",
     "UnknownPolicyError",
     "ProtocolError",
@@ -54,4 +58,17 @@ class ControlError(DualPathError):
 
 
 class TransferError(DualPathError):
-    """A push to a peer failed. The peer must treat the pages that it named as unwritten, or partly written."""
+    """A push to a peer failed. The peer must treat the pages that it named as unwritten, or partly written.
+
+    Args:
+        over: whether the engine has ended what it began of the push, asked from any thread. By default it has: only an
+            engine that cannot call back a write that takes too long has more to say.
+    """
+
+    def __init__(self, message: str, *, over: Callable[[], bool] = lambda: True) -> None:
+        super().__init__(message)
+        self.over = over
+
+
+class NotPushedError(TransferError):
+    """A push was given up before any of it was handed to the engine: the peer's pages are as they were."""

@@ -84,8 +84,8 @@ def _install() -> None:
     seams.check()
 
     from sglang_dualpath.compat import arguments, hooks
-    from sglang_dualpath.connector import mooncake
-    from sglang_dualpath.hicache.controller import DualPathCacheController
+    from sglang_dualpath.connector import kv_classes
+    from sglang_dualpath.hicache.controller import controller_class
     from sglang_dualpath.hicache.decode import DualPathDecodeTree
     from sglang_dualpath.hicache.prefill import DualPathPrefillTree
     from sglang_dualpath.scheduler.decode_queues import DualPathDecodePreallocQueue, DualPathDecodeTransferQueue
@@ -95,9 +95,9 @@ def _install() -> None:
         scheduler=DualPathScheduler,
         prealloc_queue=DualPathDecodePreallocQueue,
         transfer_queue=DualPathDecodeTransferQueue,
-        controller=DualPathCacheController,
-        kv_classes=mooncake.KV_CLASSES,
+        controller=controller_class(),
+        kv_classes=kv_classes,
         trees={"prefill": DualPathPrefillTree, "decode": DualPathDecodeTree},
     )
     hooks.install(ours)
-    arguments.register(functools.partial(hooks.verify, ours))
+    arguments.register(functools.partial(hooks.verify, ours), functools.partial(hooks.verify_connector, ours))

@@ -28,11 +28,15 @@ import msgspec
 from msgspec import Meta
 
 PROTOCOL_VERSION: Final = 1
-#: Upper bound of one encoded message. The largest legal one, a Grant of MAX_GRANT_PAGES slots, takes about 20 KiB.
+#: Upper bound of one encoded message. The largest legal ones, an Offer with MAX_METADATA_BYTES and a Grant of
+#: MAX_GRANT_PAGES slots, take about 65 and 20 KiB.
 MAX_MESSAGE_BYTES: Final = 256 * 1024
 MAX_GRANT_PAGES: Final = 4096
 MAX_PLANES: Final = 8
+MAX_SESSION_CHARS: Final = 256
 MAX_REASON_CHARS: Final = 256
+#: What a transfer engine says of itself: addresses on each NIC and keys of the host pool, a few KiB with many NICs.
+MAX_METADATA_BYTES: Final = 64 * 1024
 
 _INT63: Final = 2**63 - 1
 
@@ -108,11 +112,16 @@ class Plane(msgspec.Struct, frozen=True):
 
 
 class Target(msgspec.Struct, frozen=True):
-    """Where a hop may write: the prefill engine's transfer session and the planes of its host pool of `slots` pages."""
+    """Where a hop may write: the prefill engine's transfer session and the planes of its host pool of `slots` pages.
 
-    session: Annotated[str, Meta(min_length=1, max_length=256)]
+    `metadata` is what the decode engine's transfer engine must know of the session besides its name: empty for engines
+    that need nothing, and for a decode engine whose Hello named the session.
+    """
+
+    session: Annotated[str, Meta(min_length=1, max_length=MAX_SESSION_CHARS)]
     planes: Annotated[tuple[Plane, ...], Meta(min_length=1, max_length=MAX_PLANES)]
     slots: Annotated[int, Meta(ge=1, le=2**31)]
+    metadata: Annotated[bytes, Meta(max_length=MAX_METADATA_BYTES)] = b""
 
     def __post_init__(self) -> None:
         if any(plane.address(self.slots) > _INT63 for plane in self.planes):
@@ -124,7 +133,7 @@ class Hello(_Message, frozen=True, tag=str.lower):
 
     `engine` is unique per process start. `match_pages` leading pages are in its radix cache at all; pages
     [0, `held_end_page`) are in its host memory, so that they cost no storage read. `plane_bytes` are the page bytes of
-    each plane.
+    each plane. `session` is the transfer session of which an earlier offer of this prefill engine has told it all.
     """
 
     version: Annotated[int, Meta(ge=0, le=2**31)]
@@ -140,6 +149,7 @@ class Hello(_Message, frozen=True, tag=str.lower):
     queued_read_bytes: Bytes = 0
     read_bytes_per_s: BytesPerSecond | None = None
     hop_bytes_per_s: BytesPerSecond | None = None
+    session: Annotated[str, Meta(max_length=MAX_SESSION_CHARS)] = ""
 
 
 class Offer(_AttemptMessage, frozen=True, tag=str.lower):

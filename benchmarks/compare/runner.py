@@ -24,7 +24,7 @@ from benchmarks.testbed.cluster import available_bytes
 from benchmarks.testbed.store import REPOSITORY
 
 _PACKAGES = ("sglang", "sglang-dualpath", "sglang-router", "mooncake-transfer-engine",
-             "mooncake-transfer-engine-non-cuda", "torch")  # fmt: skip
+             "mooncake-transfer-engine-non-cuda", "nixl", "torch")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ page in place at once, so that a read is nothing but the hop.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import socket
 import threading
@@ -26,9 +25,9 @@ from sglang_dualpath.protocol import Message
 from sglang_dualpath.reader.decode import DecodeRead, DecodeReads, Phase
 from sglang_dualpath.reader.hop import HopReader
 from sglang_dualpath.reader.offers import OfferDesk
-from sglang_dualpath.reader.pool import PlaneGeometry, push_plan
 from sglang_dualpath.reader.prefetch import Prefetch, ReadLimit
 from sglang_dualpath.reader.prefill import PrefillReads
+from sglang_dualpath.transfer import Peer
 
 HOST = "127.0.0.1"
 WAIT_S = 60.0
@@ -65,9 +64,8 @@ class Shape:
 class Address:
     """Where the target's memory and sockets are."""
 
-    session: str
+    peer: Peer
     base: int
-    planes: tuple[PlaneGeometry, ...]
     control: str
     tcp_port: int
 
@@ -111,14 +109,16 @@ class Target:
         self._shape = shape
         self._pool = PagePool(shape.pages + shape.spare_pages, shape.page_bytes)
         pages = self._pool.pages
-        self._fabric.transport.register(pages.regions())
+        transport = self._fabric.transport
+        transport.register(pages.geometry)
         reserve = Reserve(range(shape.pages, shape.pages + shape.spare_pages))
         self._reads = PrefillReads(config=shape.config(), pages=pages, reserve=reserve)
         desk = OfferDesk(
             self._reads,
             policy=load_policy("decode"),
             engine="prefill-benchmark",
-            session=self._fabric.transport.session,
+            session=transport.session,
+            metadata=transport.metadata,
             send=lambda peer, message: self._control.send(peer, message),
         )
         self._control = ControlServer(HOST, KEY, desk.handle, lambda kind: None, handler_gone=desk.gone, tick=desk.tick)
@@ -126,7 +126,8 @@ class Target:
         threading.Thread(target=self._serve_tcp, args=(self._listener, shape), daemon=True).start()
         self._open = True
         port = self._listener.getsockname()[1]
-        return Address(self._fabric.transport.session, self._pool.address, pages.planes, self._control.endpoint, port)
+        peer = Peer(transport.session, transport.metadata, pages.geometry)
+        return Address(peer, self._pool.address, self._control.endpoint, port)
 
     def _serve_tcp(self, listener: socket.socket, shape: Shape) -> None:
         connection, _ = listener.accept()
@@ -201,7 +202,8 @@ class Source:
         self._shape, self._target = shape, target
         self._pool = PagePool(shape.pages + shape.spare_pages, shape.page_bytes)
         self._pool.fill(shape.message_bytes)
-        self._fabric.transport.register(self._pool.pages.regions())
+        self._fabric.transport.register(self._pool.pages.geometry)
+        self._fabric.meet(self._pool.address, target.peer, target.base)
         self._tcp = socket.create_connection((HOST, target.tcp_port))
         self._tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._reads = DecodeReads(
@@ -218,19 +220,18 @@ class Source:
 
     def bare(self) -> float:
         """The transfer engine's own write, one contiguous message after the other."""
-        size, base, target = self._shape.message_bytes, self._pool.address, self._target
+        size = self._shape.message_bytes
         start_s = time.monotonic()
         for offset in range(0, self._shape.total_bytes, size):
-            self._fabric.write(target.session, base + offset, target.base + offset, size)
+            self._fabric.write(offset, size)
         return time.monotonic() - start_s
 
     def push(self, ours: Sequence[int], theirs: Sequence[int]) -> float:
         """Plan and push one message of pages after the other, as the decode engine's pushers do."""
-        count, planes, target = self._shape.message_pages, self._pool.pages.planes, self._target
+        count, transport, peer = self._shape.message_pages, self._fabric.transport, self._target.peer
         start_s = time.monotonic()
         for first in range(0, self._shape.pages, count):
-            plan = push_plan(planes, ours[first : first + count], target.planes, theirs[first : first + count])
-            self._fabric.transport.push(target.session, plan)
+            transport.push(peer, ours[first : first + count], theirs[first : first + count])
         return time.monotonic() - start_s
 
     def tcp(self) -> float:
@@ -283,7 +284,6 @@ class Source:
             self._fabric.transport.close()
 
 
-@functools.cache
 def environment(transport: str) -> dict[str, str]:
     """What the ends' processes need in their environment."""
     return {**fabric(transport).environment, "OMP_NUM_THREADS": "1"}

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import time
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import numpy as np
+
 from benchmarks.micro.errors import BenchmarkError
 from benchmarks.testbed.store import MOONCAKE_ENVIRONMENT
-from sglang_dualpath.transfer import Transport
+from sglang_dualpath.transfer import Peer, Transport
 from sglang_dualpath.transfer.mooncake import MooncakeTransport
+from sglang_dualpath.transfer.nixl import NixlTransport
 
 
 class Fabric(Protocol):
@@ -20,8 +25,14 @@ class Fabric(Protocol):
     transport: Transport
     """The product's way to it."""
 
-    def write(self, session: str, source: int, destination: int, length: int) -> None:
-        """The engine's own blocking write of one contiguous piece. Raises BenchmarkError when it fails."""
+    def meet(self, base: int, peer: Peer, peer_base: int) -> None:
+        """Get ready for writes between the memory at these addresses, registered on either side."""
+
+    def write(self, offset: int, length: int) -> None:
+        """The engine's own blocking write of one contiguous piece, which lies at `offset` on both sides.
+
+        `offset` is a multiple of `length`. Raises BenchmarkError when it fails.
+        """
 
 
 class _Engine:
@@ -60,22 +71,68 @@ class MooncakeFabric:
         self._engine = _Engine(host)
         self.transport: Transport = MooncakeTransport(self._engine)
 
-    def write(self, session: str, source: int, destination: int, length: int) -> None:
-        status = self._engine.engine.batch_transfer_sync_write(session, [source], [destination], [length])
+    def meet(self, base: int, peer: Peer, peer_base: int) -> None:
+        self._session, self._base, self._peer_base = peer.session, base, peer_base
+
+    def write(self, offset: int, length: int) -> None:
+        status = self._engine.engine.batch_transfer_sync_write(
+            self._session, [self._base + offset], [self._peer_base + offset], [length]
+        )
         if status < 0:
             raise BenchmarkError(f"Mooncake reported {status} for a write of {length} bytes.")
 
 
-FABRICS: Mapping[str, type[Any]] = {"mooncake": MooncakeFabric}
-NAMES = ("mooncake", "nixl")
+class NixlFabric:
+    """NIXL over UCX, with an agent as SGLang makes it. `UCX_TLS` says over what: shared memory if it does not."""
+
+    environment: Mapping[str, str] = {"NIXL_LOG_LEVEL": "ERROR"}
+
+    def __init__(self, host: str) -> None:
+        from nixl._api import nixl_agent, nixl_agent_config, nixl_thread_sync_t
+
+        del host  # UCX tells its peers all addresses that it has
+        config = nixl_agent_config(backends=["UCX"], sync_mode=nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT)
+        self.agent = nixl_agent(str(uuid.uuid4()), config)
+        self.transport: Transport = NixlTransport(self.agent)
+        self._blocks: dict[int, tuple[Any, Any]] = {}
+
+    def meet(self, base: int, peer: Peer, peer_base: int) -> None:
+        self.agent.add_remote_agent(peer.metadata)
+        self._session, self._base, self._peer_base = peer.session, base, peer_base
+        self._size_bytes = sum(length for _, length in peer.pool.regions())
+        self._blocks.clear()
+
+    def write(self, offset: int, length: int) -> None:
+        if length not in self._blocks:
+            self._blocks[length] = (
+                self._prepare("", self._base, length),
+                self._prepare(self._session, self._peer_base, length),
+            )
+        ours, theirs = self._blocks[length]
+        index = np.array([offset // length], dtype=np.int32)
+        handle = self.agent.make_prepped_xfer("WRITE", ours, index, theirs, index)
+        state = self.agent.transfer(handle)
+        while state == "PROC":
+            time.sleep(0)  # as SGLang waits for its own transfers
+            state = self.agent.check_xfer_state(handle)
+        handle.release()
+        if state != "DONE":
+            raise BenchmarkError(f"NIXL reported {state} for a write of {length} bytes.")
+
+    def _prepare(self, agent: str, base: int, length: int) -> Any:
+        run = np.array([(base, length, 0, length, self._size_bytes // length)], dtype=np.uint64)
+        return self.agent.prep_xfer_dlist(agent, run, "DRAM")
+
+
+FABRICS: Mapping[str, type[Any]] = {"mooncake": MooncakeFabric, "nixl": NixlFabric}
+_MISSING = {
+    "mooncake": "Mooncake is missing: install mooncake-transfer-engine or its non-cuda build.",
+    "nixl": "NIXL is missing: install the package `nixl`.",
+}
 
 
 def fabric(name: str) -> type[Any]:
     """The class by that name. Raises BenchmarkError with the sentence that says why there is none."""
-    if name in FABRICS:
-        if importlib.util.find_spec("mooncake") is None:
-            raise BenchmarkError("Mooncake is missing: install mooncake-transfer-engine or its non-cuda build.")
-        return FABRICS[name]
-    if name == "nixl" and importlib.util.find_spec("nixl") is None:
-        raise BenchmarkError("NIXL is missing: install the package `nixl`.")
-    raise BenchmarkError(f"The hop does not push over {name} yet: take --transport mooncake.")
+    if importlib.util.find_spec(name) is None:
+        raise BenchmarkError(_MISSING[name])
+    return FABRICS[name]

@@ -19,6 +19,7 @@ PACKAGES = (
     "sglang",
     "mooncake-transfer-engine",
     "mooncake-transfer-engine-non-cuda",
+    "nixl",
     "pyzmq",
     "msgspec",
     "torch",

@@ -29,7 +29,14 @@ from benchmarks.testbed.processes import (
 from benchmarks.testbed.router import RouterKind, router_command
 from benchmarks.testbed.servers import Place, ServerSpec, server_command, server_environment
 from benchmarks.testbed.state import RunState, clean_up_dead_runs
-from benchmarks.testbed.store import Store, StoreSpec, start_dynamic_store, start_file_store, start_mooncake_store
+from benchmarks.testbed.store import (
+    Store,
+    StoreSpec,
+    start_dynamic_store,
+    start_file_store,
+    start_mooncake_store,
+    start_nixl_store,
+)
 
 STORE_NODE = "store"
 ROUTER_MEMORY_BYTES = 300 << 20
@@ -272,7 +279,7 @@ class Cluster:
             return start_mooncake_store(spec, self._processes, self._ports, address=address, namespace=namespace)
         directory = Path(tempfile.mkdtemp(prefix=f"{self._state.name}-store-"))
         self._state.add_directory(directory)
-        start = start_file_store if spec.kind == "file" else start_dynamic_store
+        start = {"file": start_file_store, "nixl": start_nixl_store, "dynamic": start_dynamic_store}[spec.kind]
         return start(spec, directory / "pages")
 
     def _start_servers(self) -> None:
@@ -296,6 +303,7 @@ class Cluster:
             env=server_environment(spec, place, self.store, os.environ),
             namespace=place.namespace,
             stage="servers",
+            sees_links=spec.transfer_backend == "nixl",  # UCX looks for its devices in /sys
         )
 
     def _wait_for_servers(self, names: Sequence[str]) -> None:

@@ -33,6 +33,13 @@ class Connector(StrEnum):
     NONE = "none"
 
 
+class Transfer(StrEnum):
+    """What carries pages between servers."""
+
+    MOONCAKE = "mooncake"
+    NIXL = "nixl"
+
+
 class StoreKind(StrEnum):
     """Where pages are kept."""
 
@@ -63,6 +70,9 @@ def up_command(
         Connector.DUALPATH
     ),
     policy: Annotated[str | None, typer.Option(help="--dualpath-policy of all servers.")] = None,
+    transfer: Annotated[Transfer, typer.Option(help="--disaggregation-transfer-backend of all servers.")] = (
+        Transfer.MOONCAKE
+    ),
     snic_mbit: Annotated[int, typer.Option(min=0, help="Rate of each storage link, Mbit/s; 0: no limit.")] = 200,
     cnic_mbit: Annotated[int, typer.Option(min=0, help="Rate of each compute link, Mbit/s; 0: no limit.")] = 1600,
     loopback: Annotated[bool, typer.Option("--loopback", help="No networks: all on 127.0.0.1, without root.")] = False,
@@ -89,6 +99,7 @@ def up_command(
         decode=decode,
         connector=connector.value,
         policy=policy,
+        transfer=transfer.value,  # type: ignore[arg-type]
         snic_mbit=snic_mbit,
         cnic_mbit=cnic_mbit,
         loopback=loopback,

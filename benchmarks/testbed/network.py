@@ -80,7 +80,7 @@ def missing_requirement() -> str | None:
     """The sentence saying why networks cannot be made here, or None when they can."""
     if os.geteuid() != 0:
         return "Shaped networks need root (namespaces and traffic shaping): run this as root, or use loopback."
-    for program in ("ip", "tc", "nsenter"):
+    for program in ("ip", "tc", "nsenter", "unshare"):
         if shutil.which(program, path=tool_environment()["PATH"]) is None:
             return f"Shaped networks need `{program}` (Debian: iproute2, util-linux): install it, or use loopback."
     return _namespace_refusal()

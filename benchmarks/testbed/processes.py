@@ -21,6 +21,11 @@ from benchmarks.testbed.state import RunState, signal_group, stop_groups
 
 LOG_LINES_SHOWN = 25
 GRACE_S = 2.5  # SGLang ends its own processes within a second, then waits five for a crash report that nobody reads
+# Mounts of the process's own, at a place that every Debian has.
+_SYSFS_OF_THE_NAMESPACE = (
+    "mount -t sysfs sysfs /mnt && mount --rbind /sys/fs/cgroup /mnt/fs/cgroup && mount --rbind /mnt /sys && "
+    'exec "$@"; echo "The links of this namespace cannot be shown in /sys: mounting was refused." >&2; exit 1'
+)
 LOG_LINE_CHARACTERS = 400
 _POLL_S = 0.2
 _TCP_LISTEN = "0A"  # state in /proc/net/tcp
@@ -99,15 +104,18 @@ class Processes:
         env: Mapping[str, str] | None = None,
         namespace: str | None = None,
         stage: str = "",
+        sees_links: bool = False,
     ) -> Process:
         """Start a command in a process group of its own, in a network namespace if one is named.
 
         Its output goes to NAME.log. Neighbours of the same `stage` are ended together. `env` replaces the whole
         environment. The namespace is entered by `nsenter --net`, which unlike `ip netns exec` leaves the mounts alone:
-        SGLang sizes its pools by the control group's files.
+        SGLang sizes its pools by the control group's files. With `sees_links` /sys shows the namespace's links, and
+        those files all the same.
         """
         if namespace is not None:
-            command = ["nsenter", f"--net=/var/run/netns/{namespace}", *command]
+            view = ["unshare", "--mount", "sh", "-c", _SYSFS_OF_THE_NAMESPACE, "sh"] if sees_links else []
+            command = ["nsenter", f"--net=/var/run/netns/{namespace}", *view, *command]
         self._log_dir.mkdir(parents=True, exist_ok=True)
         log_path = self._log_dir / f"{name}.log"
         with log_path.open("wb") as log:
@@ -239,6 +247,6 @@ def clean_environment(base: Mapping[str, str]) -> dict[str, str]:
         key: value
         for key, value in base.items()
         if key.lower() not in {"http_proxy", "https_proxy", "all_proxy", "no_proxy"}
-        and not key.startswith(("SGLANG_", "MOONCAKE_", "MC_", "PROMETHEUS_MULTIPROC"))
+        and not key.startswith(("SGLANG_", "MOONCAKE_", "MC_", "NIXL_", "UCX_", "PROMETHEUS_MULTIPROC"))
     }
     return env | {"no_proxy": "*", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}

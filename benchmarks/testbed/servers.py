@@ -14,6 +14,7 @@ from benchmarks.testbed.processes import clean_environment
 from benchmarks.testbed.store import MOONCAKE_ENVIRONMENT, Store
 
 Role = Literal["prefill", "decode"]
+TransferBackend = Literal["mooncake", "nixl"]
 
 SERVER_MEMORY_BYTES = 5 << 29  # private memory of one server's three processes without its pools
 
@@ -35,7 +36,7 @@ class ServerSpec:
     hicache: bool = True
     max_total_tokens: int = 24_000
     hicache_ratio: float = 1.5
-    transfer_backend: str = "mooncake"
+    transfer_backend: TransferBackend = "mooncake"
     chunked_prefill_tokens: int = 8192
     log_level: str = "info"
     extra_flags: tuple[str, ...] = ()
@@ -147,6 +148,13 @@ def server_environment(spec: ServerSpec, place: Place, store: Store | None, base
         # Health checks would each run a request, and readiness is known without.
         "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "false",
     }
+    if spec.transfer_backend == "nixl":
+        # Else UCX would go round shaped links: through shared memory, or over the storage network.
+        environment |= {
+            "UCX_TLS": "tcp",
+            "UCX_NET_DEVICES": "lo" if place.namespace is None else "compute",
+            "NIXL_LOG_LEVEL": "WARN",
+        }
     if store is not None:
         environment |= dict(store.environment)
     return environment | dict(spec.extra_env)

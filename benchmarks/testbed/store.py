@@ -24,15 +24,18 @@ MOONCAKE_ENVIRONMENT = {
 _START_DEADLINE_S = 60.0
 
 
+StoreKind = Literal["mooncake", "file", "nixl", "dynamic"]
+
+
 @dataclass(frozen=True)
 class StoreSpec:
     """Which store, and how much it holds.
 
-    `mooncake` keeps `capacity_bytes` in the memory of one process and evicts above 90 % of it. `file` is a directory,
-    `dynamic` any backend class: both take `extra_config` and the flags of SGLang that go with them.
+    `mooncake` keeps `capacity_bytes` in the memory of one process and evicts above 90 % of it. `file` and `nixl` (its
+    POSIX plugin) are directories, `dynamic` any backend class: all take `extra_config` and SGLang's flags for them.
     """
 
-    kind: Literal["mooncake", "file", "dynamic"] = "mooncake"
+    kind: StoreKind = "mooncake"
     capacity_bytes: int = 3 << 30
     extra_config: Mapping[str, object] | None = None
 
@@ -47,13 +50,23 @@ class Store:
 
     flags: tuple[str, ...]
     environment: Mapping[str, str]
-    directory: Path | None = None  # of a `file` store
+    directory: Path | None = None  # of a store of files
 
 
 def start_file_store(spec: StoreSpec, directory: Path) -> Store:
     """An empty directory as a store."""
     directory.mkdir(parents=True)
     return Store(_flags("file", spec.extra_config), _file_environment(directory), directory)
+
+
+def start_nixl_store(spec: StoreSpec, directory: Path) -> Store:
+    """The same, read and written by NIXL's POSIX plugin."""
+    directory.mkdir(parents=True)
+    posix = {"active": True, "use_posix_aio": "true"}
+    # Through the page cache: not every file system that temporary files are on can do without.
+    config = {"plugin": {"posix": posix}, "l3_cleaner_enabled": False, "use_direct_io": False}
+    environment = {"SGLANG_HICACHE_NIXL_BACKEND_STORAGE_DIR": str(directory)}
+    return Store(_flags("nixl", config | dict(spec.extra_config or {})), environment, directory)
 
 
 def start_dynamic_store(spec: StoreSpec, directory: Path) -> Store:

@@ -19,7 +19,7 @@ from benchmarks.testbed.model import identity_mla_model, identity_model, speed_m
 from benchmarks.testbed.network import NetworkSpec, missing_requirement
 from benchmarks.testbed.router import RouterKind
 from benchmarks.testbed.runs import UP
-from benchmarks.testbed.servers import Role, ServerSpec
+from benchmarks.testbed.servers import Role, ServerSpec, TransferBackend
 from benchmarks.testbed.state import RunState, recorded_runs
 from benchmarks.testbed.store import REPOSITORY, StoreSpec
 
@@ -42,6 +42,7 @@ class UpOptions:
     decode: int = 1
     connector: str = "dualpath"
     policy: str | None = None
+    transfer: TransferBackend = "mooncake"
     snic_mbit: int = 200
     cnic_mbit: int = 1600
     loopback: bool = False
@@ -75,6 +76,7 @@ def servers(options: UpOptions) -> list[ServerSpec]:
                 hicache=role == "prefill" or options.decode_hicache,
                 max_total_tokens=options.max_total_tokens,
                 hicache_ratio=options.hicache_ratio,
+                transfer_backend=options.transfer,
                 extra_flags=() if options.policy is None else ("--dualpath-policy", options.policy),
             )
 

@@ -7,9 +7,13 @@ other; what SGLang makes of it is looked at once more when it is through.
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import logging
 from collections.abc import Callable
 from typing import Any
+
+from packaging.version import Version
 
 from sglang_dualpath.compat.stop import stop_on_error
 from sglang_dualpath.compat.stores import STORES, has_zero_copy, sharing_warnings
@@ -21,22 +25,27 @@ logger = logging.getLogger(__name__)
 _SOURCE = "sglang_dualpath"
 _STORAGE_FLAGS = "--hicache-storage-backend and --hicache-storage-backend-extra-config"
 _LAYOUTS = ("page_first", "page_first_direct")
-# The second is the first over TCP; SGLang renames it.
-_TRANSFERS = ("mooncake", "mooncake_tcp")
+# What the command line may say, and SGLang's name for it: it renames Mooncake over TCP.
+_TRANSFERS = {"mooncake": "mooncake", "mooncake_tcp": "mooncake", "nixl": "nixl"}
+# Takes pages as runs, and waits without the GIL.
+OLDEST_NIXL = "1.5"
 
 FIRST_STEP = "handle_deprecated_dp_attention"
 DEFAULTS_STEP = "handle_pd_disaggregation"
 LAST_STEP = "handle_other_validations"
 
 
-def register(verify: Callable[[], None]) -> None:
-    """Add our steps to SGLang's argument resolution. ``verify`` runs first: the hooks must be in place by then."""
+def register(verify: Callable[[], None], verify_connector: Callable[[str], None]) -> None:
+    """Add our steps to SGLang's argument resolution.
+
+    ``verify`` runs first: the hooks must be in place by then. ``verify_connector`` is given the transfer backend.
+    """
     from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
 
     @register_resolution_hook(FIRST_STEP)  # type: ignore[untyped-decorator]
     def _command_line(server_args: Any, previous: Callable[[Any], None]) -> None:
         stop_on_error(verify)
-        stop_on_error(lambda: refuse_command_line(server_args))
+        stop_on_error(lambda: verify_connector(refuse_command_line(server_args)))
         previous(server_args)
 
     @register_resolution_hook(DEFAULTS_STEP)  # type: ignore[untyped-decorator]
@@ -50,8 +59,11 @@ def register(verify: Callable[[], None]) -> None:
         stop_on_error(lambda: refuse_resolved(server_args))
 
 
-def refuse_command_line(server_args: Any) -> None:
-    """Raise UnsupportedError or ConfigError for what the command line says, before SGLang has looked at it."""
+def refuse_command_line(server_args: Any) -> str:
+    """Raise UnsupportedError or ConfigError for what the command line says, before SGLang has looked at it.
+
+    Returns the transfer backend.
+    """
     from sglang.srt.arg_groups.overrides import resolving_view
 
     cfg = resolving_view(server_args)
@@ -74,6 +86,7 @@ def refuse_command_line(server_args: Any) -> None:
     if cfg.hicache_storage_backend is None:
         raise UnsupportedError(_without_storage(mode))
     _refuse(_unsupported_storage(cfg))
+    return _TRANSFERS[cfg.disaggregation_transfer_backend]
 
 
 def set_defaults(server_args: Any) -> None:
@@ -133,6 +146,7 @@ def _unsupported(cfg: Any) -> list[Row]:
     """True before and after SGLang's resolution alike."""
     from sglang.srt.environ import envs
 
+    transfer = cfg.disaggregation_transfer_backend
     one_reader = "a request's pages would be spread over engines that do not agree on a read yet"
     more_pools = "its cache has pages that are not read together with the KV pages"
     return [
@@ -157,9 +171,24 @@ def _unsupported(cfg: Any) -> list[Row]:
             "a request's tokens come from an encoder after it has arrived",
         ),
         (
-            cfg.disaggregation_transfer_backend not in _TRANSFERS,
-            f"--disaggregation-transfer-backend {cfg.disaggregation_transfer_backend}",
-            f"pages are pushed over {' or '.join(_TRANSFERS)} only, in this release",
+            transfer not in _TRANSFERS,
+            f"--disaggregation-transfer-backend {transfer}",
+            f"pages are pushed over {', '.join(_TRANSFERS)} only",
+        ),
+        (
+            transfer == "nixl" and importlib.util.find_spec("nixl") is None,
+            "--disaggregation-transfer-backend nixl without the package nixl",
+            "install it with pip install nixl",
+        ),
+        (
+            transfer == "nixl" and is_older("nixl", OLDEST_NIXL),
+            f"--disaggregation-transfer-backend nixl with nixl {_version('nixl')}",
+            f"install {OLDEST_NIXL} or newer with pip install -U nixl",
+        ),
+        (
+            transfer == "nixl" and envs.SGLANG_DISAGGREGATION_NIXL_BACKEND.get() != "UCX",
+            f"SGLANG_DISAGGREGATION_NIXL_BACKEND={envs.SGLANG_DISAGGREGATION_NIXL_BACKEND.get()}",
+            "it is not known when its writes have ended, as it is of UCX, the default",
         ),
         (
             cfg.disaggregation_decode_allocation_policy == "prefill_complete",
@@ -192,6 +221,19 @@ def _unsupported(cfg: Any) -> list[Row]:
             "the Rust bootstrap server has no route for control endpoints",
         ),
     ]
+
+
+def _version(package: str) -> str | None:
+    """Of an installed package; None for one without metadata, such as a build on the search path."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def is_older(package: str, oldest: str) -> bool:
+    found = _version(package)
+    return found is not None and Version(found) < Version(oldest)
 
 
 def _unsupported_storage(cfg: Any) -> list[Row]:

@@ -1,9 +1,13 @@
-"""Every name of SGLang 0.5.23 that this package imports, overrides, wraps or reads; see ``seams``."""
+"""Every name of SGLang 0.5.23 that this package imports, overrides, wraps or reads; see ``seams``.
+
+`SEAMS` are needed by every server, those of `CONNECTOR_SEAMS` by servers with that transfer backend.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
+from sglang_dualpath.compat import native
 from sglang_dualpath.compat.seams import Seam
 
 _SRT = "sglang.srt."
@@ -22,13 +26,15 @@ _TRANSFER = _DISAGG + "decode.DecodeTransferQueue"
 _DECODE_REQUEST = _DISAGG + "decode.DecodeRequest"
 _MATCH = _DISAGG + "decode_hicache_mixin.DecodePrefixMatch"
 _COMMON = _DISAGG + "common.conn."
-_MOONCAKE = _DISAGG + "mooncake."
+_MOONCAKE = _DISAGG + "mooncake"
+_NIXL = _DISAGG + "nixl"
 _ENGINE = _SRT + "distributed.device_communicators.mooncake_transfer_engine.MooncakeTransferEngine"
 _STORE = _SRT + "mem_cache.storage.mooncake_store.mooncake_store.MooncakeStoreConfig"
 
 _OFFICIAL = "never: it is the official place"
 _PLUGGABLE = "SGLang has a registry of KV connectors"
 _HANDLE = "the HiCache storage interface carries the request handle"
+_BACKEND = "it does, and reads of a request may come in any order: then the read paths are a storage backend"
 _EVENTS = "the tree calls back on prefetch events"
 _LIFECYCLE = "SGLang has request lifecycle callbacks"
 _PARKING = "a prefetch can be parked and reissued by upstream while the request bootstraps"
@@ -102,7 +108,7 @@ SEAMS: tuple[Seam, ...] = (
     Seam(_SCHEDULER, "scheduler class", "replaced by a subclass", _LIFECYCLE),
     Seam(_SCHEDULER + ".init_disaggregation", "queues and KV managers", "our side is built after them", _LIFECYCLE),
     Seam(_SCHEDULER + "._prefetch_kvcache", "prefetch at arrival",
-         "tells which room a prefetch belongs to, and reissues", _HANDLE, ("req", "storage_hit_end")),
+         "tells which room a prefetch belongs to, and reissues", _BACKEND, ("req", "storage_hit_end")),
     Seam(_SCHEDULER + "._add_request_to_queue", "arrival", "starts the decode engine's read after acceptance",
          _LIFECYCLE, ("req", "is_retracted")),
     Seam(_SCHEDULER + "._process_hicache_events", "event loop", "parked prefetches are reissued here", _PARKING),
@@ -136,30 +142,35 @@ SEAMS: tuple[Seam, ...] = (
               "tells a shortage", _WAITING),
     Seam(_DISAGG + "decode_hicache_mixin.HiCacheRestoreResult", "decode restore", "tells a shortage", _WAITING),
     # -- HiCache controller
-    Seam(_CONTROLLER, "cache controller class", "replaced by a subclass", _HANDLE),
-    Seam(_CONTROLLER + ".attach_storage_backend", "storage attach", "wraps the page getter and setter", _HANDLE),
-    Seam(_CONTROLLER + "._page_transfer", "prefetch transfer", "knows when it is over", _HANDLE, ("operation",)),
+    Seam(_CONTROLLER, "cache controller class", "replaced by a subclass", _BACKEND),
+    Seam(_CONTROLLER + ".attach_storage_backend", "storage attach", "wraps the page getter and setter", _BACKEND),
+    Seam(_CONTROLLER + "._page_transfer", "prefetch transfer", "knows when it is over", _BACKEND, ("operation",)),
     Seam(_CONTROLLER + "._storage_hit_query", "storage hit query", "adds pages that the decode engine holds",
-         "hit queries are pluggable", ("operation",)),
+         _HANDLE, ("operation",), native=native.STORAGE_REQUEST_HANDLE),
+    Seam(_SRT + "managers.cache_controller.HiCacheController", "storage reads",
+         "looked at: do they tell the store whose they are?", _HANDLE),
+    Seam(_SRT + "mem_cache.hicache_storage.HiCacheStorage.batch_exists", "store's hit query",
+         "the same, where the store is told whose hits it asks for", _BACKEND, ("keys", "extra_info")),
     Seam(_CONTROLLER + ".prefetch_rate_limited", "prefetch rate limit", "parks what is declined for now", _PARKING),
     Seam(_CONTROLLER + ".parse_storage_backend_extra_config", "store settings", "reads them as SGLang does",
          _WITH_OURS, ("storage_backend_extra_config",)),
-    Seam(_CONTROLLER, "page getter", "the seam of the read paths", _HANDLE, attribute="page_get_func"),
-    Seam(_CONTROLLER, "page setter", "no write-back of known pages", _HANDLE, attribute="page_set_func"),
-    Seam(_CONTROLLER, "stop event", "a getter returns on a flush", _HANDLE, attribute="storage_stop_event"),
+    Seam(_CONTROLLER, "page getter", "the seam of the read paths", _BACKEND, attribute="page_get_func"),
+    Seam(_CONTROLLER, "page setter", "no write-back of known pages", _BACKEND, attribute="page_set_func"),
+    Seam(_CONTROLLER, "stop event", "a getter returns on a flush", _BACKEND, attribute="storage_stop_event"),
     Seam(_CONTROLLER, "host pool", "the pages that hops write to", "never", attribute="storage_host_pool"),
     Seam(_CONTROLLER, "host pool", "the reserve is taken from it", "never", attribute="mem_pool_host"),
-    Seam(_CONTROLLER, "store", "asks for known pages", _HANDLE, attribute="storage_backend"),
-    Seam(_CONTROLLER, "store", "knows which may be read by several threads", _HANDLE, attribute="storage_backend_type"),
+    Seam(_CONTROLLER, "store", "asks for known pages", _BACKEND, attribute="storage_backend"),
+    Seam(_CONTROLLER, "store", "knows which several threads may read", _BACKEND, attribute="storage_backend_type"),
     Seam(_CONTROLLER, "page size", "counts pages", "never", attribute="page_size"),
-    Seam(_SRT + "mem_cache.hicache_storage.HiCacheStorageExtraInfo", "getter's argument", "reads out of order", _HANDLE,
+    Seam(_SRT + "mem_cache.hicache_storage.HiCacheStorageExtraInfo", "getter's argument", "reads out of order",
+         _BACKEND,
          ("prefix_keys",)),
-    Seam(_OPERATION + ".is_terminated", "prefetch", "a getter returns on an abort", _HANDLE),
+    Seam(_OPERATION + ".is_terminated", "prefetch", "a getter returns on an abort", _BACKEND),
     *_attributes(
         _OPERATION,
         "handle hash_value host_indices storage_start storage_hit_count prefix_keys assume_stored all_hash_values"
         " pool_transfers",
-        "prefetch", "what is read, and where to", _HANDLE,
+        "prefetch", "what is read, and where to", _BACKEND,
     ),
     # -- trees
     Seam(_TREE, "tree class", "our trees are subclasses", _EVENTS),
@@ -199,26 +210,44 @@ SEAMS: tuple[Seam, ...] = (
     Seam(_DISAGG + "utils.KVClassType", "connector factory", "checks that it does", _PLUGGABLE),
     Seam(_DISAGG + "utils.TransferBackend", "connector factory", "checks that it does", _PLUGGABLE),
     Seam(_DISAGG + "base.KVPoll", "status of a transfer", "Bootstrapping until the read settled", _PLUGGABLE),
-    *_methods(_MOONCAKE[:-1], "MooncakeKVManager MooncakeKVReceiver MooncakeKVBootstrapServer", "connector classes",
-              "replaced by subclasses", _PLUGGABLE),
-    Seam(_MOONCAKE + "MooncakeKVReceiver.poll", "receiver status", "Bootstrapping until the read settled", _PLUGGABLE),
-    Seam(_MOONCAKE + "MooncakeKVReceiver.clear", "receiver end", "learns of dropped requests", _PLUGGABLE),
-    Seam(_COMMON + "CommonKVManager.check_status", "status of a transfer",
-         "upstream's transfer worker ends with a KeyError when its room is cleared while it looks",
-         "upstream's worker survives that", ("bootstrap_room",)),
-    Seam(_COMMON + "CommonKVManager", "status of a transfer", "read where check_status reads it",
-         "upstream's worker survives a cleared room", attribute="request_status"),
-    *_attributes(_MOONCAKE + "MooncakeKVReceiver", "init_time kv_mgr bootstrap_room bootstrap_addr", "a receiver",
+    Seam(_COMMON + "CommonKVReceiver", "connector class", "base of our receivers", _PLUGGABLE),
+    Seam(_COMMON + "CommonKVReceiver.poll", "receiver status", "Bootstrapping until the read settled", _PLUGGABLE),
+    Seam(_COMMON + "CommonKVReceiver.clear", "receiver end", "learns of dropped requests", _PLUGGABLE),
+    *_attributes(_COMMON + "CommonKVReceiver", "init_time kv_mgr bootstrap_room bootstrap_addr", "a receiver",
                  "finds its request's read", _PLUGGABLE),
+    Seam(_COMMON + "CommonKVBootstrapServer", "connector class", "base of our bootstrap servers", _PLUGGABLE),
     Seam(_COMMON + "CommonKVBootstrapServer._setup_routes", "bootstrap routes", "publishes endpoints", _PLUGGABLE),
     Seam(_COMMON + "CommonKVBootstrapServer", "bootstrap routes", "publishes endpoints", _PLUGGABLE, attribute="app"),
+    Seam(_COMMON + "CommonKVManager", "connector class", "base of our managers", _PLUGGABLE),
     Seam(_COMMON + "CommonKVManager", "address", "the control socket binds it", "never", attribute="local_ip"),
     *_attributes(_COMMON + "CommonKVManager", "bootstrap_host bootstrap_port dist_init_addr", "bootstrap server",
                  "endpoints are published there", _PLUGGABLE),
     Seam(_COMMON + "CommonKVManager", "patience", "a restore waits as long as a transfer", _WAITING,
          attribute="waiting_timeout"),
-    Seam(_MOONCAKE + "MooncakeKVManager", "transfer engine", "the hop uses it too", "never", attribute="engine"),
+)  # fmt: skip
+
+_MOONCAKE_SEAMS: tuple[Seam, ...] = (
+    *_methods(_MOONCAKE, "MooncakeKVManager MooncakeKVReceiver MooncakeKVBootstrapServer", "connector classes",
+              "replaced by subclasses", _PLUGGABLE),
+    Seam(_MOONCAKE + ".MooncakeKVManager", "transfer engine", "the hop uses it too", "never", attribute="engine"),
+    Seam(_COMMON + "CommonKVManager.check_status", "status of a transfer",
+         "upstream's transfer worker ends with a KeyError when its room is cleared while it looks",
+         "upstream's worker survives that", ("bootstrap_room",), native=native.STATUS_OF_A_CLEARED_ROOM),
+    Seam(_COMMON + "CommonKVManager", "status of a transfer", "read where check_status reads it",
+         "upstream's worker survives a cleared room", attribute="request_status",
+         native=native.STATUS_OF_A_CLEARED_ROOM),
     Seam(_ENGINE + ".batch_transfer_sync", "push", "the hop", "never",
          ("session_id", "buffers", "peer_buffer_addresses", "lengths")),
     *_methods(_ENGINE, "get_session_id register deregister", "registered memory", "the hop", "never"),
 )  # fmt: skip
+
+# NIXL's own calls are not here: they are NIXL's, and public.
+_NIXL_SEAMS: tuple[Seam, ...] = (
+    *_methods(_NIXL, "NixlKVManager NixlKVReceiver NixlKVBootstrapServer", "connector classes",
+              "replaced by subclasses", _PLUGGABLE),
+    Seam(_NIXL + ".NixlKVManager", "NIXL agent, one that serialises calls", "the hop uses it too", "never",
+         attribute="agent"),
+)  # fmt: skip
+
+CONNECTOR_SEAMS: Mapping[str, tuple[Seam, ...]] = {"mooncake": _MOONCAKE_SEAMS, "nixl": _NIXL_SEAMS}
+"""What is relied on besides with one transfer backend, looked at when it is used."""

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from types import CodeType
 from typing import Any, NamedTuple
 
+from sglang_dualpath.compat import native
 from sglang_dualpath.errors import SeamError
 
 # The package's own requirement says the same; this holds where it was installed with --no-deps.
@@ -33,6 +34,8 @@ class Seam(NamedTuple):
     """Parameter names that our call or override depends on."""
     attribute: str | None = None
     """An attribute that instances of the class at ``path`` have."""
+    native: str | None = None
+    """The patch (see ``native``) with which SGLang does without our use of this."""
 
     @property
     def name(self) -> str:
@@ -51,12 +54,16 @@ def check(seams: Iterable[Seam] | None = None) -> None:
             f"sglang_dualpath works with SGLang {SUPPORTED_RELEASE}, and {release} is installed; install the release "
             "of sglang_dualpath that names it, or drop --kv-connector."
         )
-    missing = [problem for seam in seams if (problem := _problem(seam)) is not None]
+    missing = [problem for seam in seams if (problem := _problem(seam)) is not None and not _is_native(seam)]
     if missing:
         raise SeamError(
             f"SGLang {release} lacks what sglang_dualpath hooks into ({'; '.join(missing)}), changed by a patch or "
             "another plugin; install stock SGLang, or drop --kv-connector."
         )
+
+
+def _is_native(seam: Seam) -> bool:
+    return seam.native is not None and native.has(seam.native)
 
 
 def _problem(seam: Seam) -> str | None:

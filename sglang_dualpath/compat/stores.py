@@ -44,7 +44,7 @@ def sharing_warnings(cfg: Any) -> list[str]:
             "NIC too; set it to 0 and let separate processes hold the store, or expect less from the second read path."
         )
     if store.protocol == "rdma" and os.environ.get("MC_FORCE_TCP") != "1":
-        shared = shared_devices(store.device_name, cfg.disaggregation_ib_device)
+        shared = shared_devices(store.device_name, hop_devices(cfg))
         if shared is not None:
             warnings.append(
                 f"The store's transfers and the hop share a NIC ({shared}); give them different ones with device_name "
@@ -53,10 +53,20 @@ def sharing_warnings(cfg: Any) -> list[str]:
     return warnings
 
 
+def hop_devices(cfg: Any) -> str | None:
+    """NICs that the transfer backend was given; SGLang lets UCX's own setting overrule the flag for NIXL."""
+    if cfg.disaggregation_transfer_backend == "nixl" and os.environ.get("UCX_NET_DEVICES"):
+        names = [name.partition(":")[0] for name in os.environ["UCX_NET_DEVICES"].split(",")]
+        # "all", or all but some: UCX chooses.
+        return None if names == ["all"] or names[0].startswith("^") else ",".join(names)
+    given: str | None = cfg.disaggregation_ib_device
+    return given
+
+
 def shared_devices(store: str | None, hop: str | None) -> str | None:
-    """The devices that both use, as text; None if they are apart. Unset means whatever Mooncake finds."""
+    """The devices that both use, as text; None if they are apart. Unset means whatever the transfer engine finds."""
     if not store or not hop:
-        return "Mooncake chooses from all" if not store and not hop else store or hop
+        return "chosen from all" if not store and not hop else store or hop
     common = sorted(_devices(store) & _devices(hop))
     return ", ".join(common) if common else None
 

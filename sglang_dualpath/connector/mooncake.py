@@ -1,61 +1,48 @@
-"""SGLang's Mooncake connector with the gate in its receiver and the control route in its bootstrap server."""
+"""SGLang's Mooncake connector with what every connector of ours adds."""
 
 from __future__ import annotations
-
-from typing import Any
 
 from sglang.srt.disaggregation.base import KVPoll
 from sglang.srt.disaggregation.mooncake import MooncakeKVBootstrapServer, MooncakeKVManager, MooncakeKVReceiver
 
-from sglang_dualpath.connector.directory import add_routes
-from sglang_dualpath.connector.gate import Gate, OpenGate
+from sglang_dualpath.compat import native
+from sglang_dualpath.connector.gated import GatedKVManager, GatedKVReceiver, PublishingKVBootstrapServer
+from sglang_dualpath.transfer import Transport
+from sglang_dualpath.transfer.mooncake import MooncakeTransport
 
 
-class DualPathMooncakeKVManager(MooncakeKVManager):
-    """Carries the gate from the scheduler to its receivers."""
+class DualPathMooncakeKVManager(GatedKVManager, MooncakeKVManager):
+    def transport(self) -> Transport:
+        return MooncakeTransport(self.engine)
 
-    gate: Gate = OpenGate()
+
+class TolerantMooncakeKVManager(DualPathMooncakeKVManager):
+    """For an SGLang whose transfer workers do not survive a room that is cleared beside them."""
 
     def check_status(self, bootstrap_room: int) -> KVPoll:
         """The status of a room; ``Failed`` for one that has been cleared, where upstream raises KeyError.
 
         Upstream's transfer workers look whether a room exists and then ask for its status. Between the two the
         scheduler may see that the transfer has ended and clear the room; the error would end the worker, and every
-        later request of its queue would wait forever. To a worker ``Failed`` says the same as "cleared".
+        later request of its queue would wait forever. To a worker ``Failed`` says the same as "cleared". SGLang's NIXL
+        manager has an answer of its own for such rooms.
         """
         status: KVPoll = self.request_status.get(bootstrap_room, KVPoll.Failed)
         return status
 
 
-class DualPathMooncakeKVReceiver(MooncakeKVReceiver):
-    """Says ``Bootstrapping`` until the request's read has settled, so that upstream's queue waits by itself."""
-
-    def poll(self) -> KVPoll:
-        status = super().poll()
-        if (
-            status == KVPoll.WaitingForInput
-            and self.init_time is None
-            and self.kv_mgr.gate.pending(self.bootstrap_room)
-        ):
-            return KVPoll.Bootstrapping
-        return status
-
-    def clear(self) -> None:
-        super().clear()
-        if self.bootstrap_room is not None:
-            self.kv_mgr.gate.gone(self.bootstrap_room, self)
+class DualPathMooncakeKVReceiver(GatedKVReceiver, MooncakeKVReceiver):
+    pass
 
 
-class DualPathMooncakeKVBootstrapServer(MooncakeKVBootstrapServer):
-    """Also publishes the control endpoints of the prefill engines."""
-
-    def _setup_routes(self) -> None:
-        super()._setup_routes()
-        self.dualpath: Any = add_routes(self.app.router)
+class DualPathMooncakeKVBootstrapServer(PublishingKVBootstrapServer, MooncakeKVBootstrapServer):
+    pass
 
 
 KV_CLASSES: dict[type, type] = {
-    MooncakeKVManager: DualPathMooncakeKVManager,
+    MooncakeKVManager: (
+        DualPathMooncakeKVManager if native.has(native.STATUS_OF_A_CLEARED_ROOM) else TolerantMooncakeKVManager
+    ),
     MooncakeKVReceiver: DualPathMooncakeKVReceiver,
     MooncakeKVBootstrapServer: DualPathMooncakeKVBootstrapServer,
 }

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorageExtraInfo
 from sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller import HybridCacheController
+
+from sglang_dualpath.compat import native
+
+# Looked at once: SGLang does not change while it runs.
+_STORE_IS_TOLD = native.has(native.STORAGE_REQUEST_HANDLE)
 
 PageGetter = Callable[[Any, Sequence[str], torch.Tensor, Any], int]
 PageSetter = Callable[[Sequence[str], torch.Tensor, Any], bool]
@@ -22,8 +28,8 @@ class StoragePath(Protocol):
     def transfer_over(self, operation: Any) -> None:
         """No more pages of this operation are asked for, and SGLang is about to insert or free its host pages."""
 
-    def extend_hit(self, operation: Any, hashes: list[str]) -> list[str]:
-        """The page hashes that can be had, given those that storage has: the same or more."""
+    def extend_hit(self, handle: Any, hashes: Sequence[str], stored: int) -> int:
+        """How many leading pages of these a request can have, of which storage has ``stored``: as many or more."""
 
     def unwritten(self, hashes: Sequence[str]) -> list[int]:
         """Which of these pages should be written back to storage, by position."""
@@ -52,6 +58,8 @@ class DualPathCacheController(HybridCacheController):
         self._stock_page_set = self.page_set_func
         self.page_get_func = self._get_pages
         self.page_set_func = self._set_pages
+        if _STORE_IS_TOLD:
+            self.storage_backend.batch_exists = functools.partial(self._hits, self.storage_backend.batch_exists)
 
     def read_pages(self, operation: Any, first: int, indices: torch.Tensor) -> int:
         """Read the operation's pages from index ``first`` on out of storage into token ``indices``; any thread.
@@ -63,7 +71,10 @@ class DualPathCacheController(HybridCacheController):
         prefix = operation.prefix_keys
         if prefix is not None:
             prefix = prefix + operation.hash_value[:first]
-        return self._stock_page_get(operation, hashes, indices, HiCacheStorageExtraInfo(prefix_keys=prefix))
+        extra_info = HiCacheStorageExtraInfo(prefix_keys=prefix)
+        if _STORE_IS_TOLD:
+            extra_info.handle = operation.handle
+        return self._stock_page_get(operation, hashes, indices, extra_info)
 
     def _get_pages(self, operation: Any, hashes: Sequence[str], indices: torch.Tensor, extra_info: Any = None) -> int:
         if self._dualpath is None:
@@ -93,11 +104,29 @@ class DualPathCacheController(HybridCacheController):
             if self._dualpath is not None:
                 self._dualpath.transfer_over(operation)
 
+    def _hits(self, stored_hits: Callable[[list[str], Any], int], keys: list[str], extra_info: Any = None) -> int:
+        """The store's hit query, for a store that is told whose it is."""
+        stored = stored_hits(keys, extra_info)
+        handle = getattr(extra_info, "handle", None)
+        if self._dualpath is None or handle is None:
+            return stored
+        return self._dualpath.extend_hit(handle, keys, stored)
+
+
+class HitQueryingCacheController(DualPathCacheController):
+    """For an SGLang that does not tell a store whose hits it asks for."""
+
     def _storage_hit_query(self, operation: Any) -> tuple[list[str], int]:
         hashes, tokens = super()._storage_hit_query(operation)
-        if self._dualpath is None or operation.assume_stored:
+        possible = operation.all_hash_values
+        if self._dualpath is None or operation.assume_stored or operation.pool_transfers or not possible:
             return hashes, tokens
-        extended = self._dualpath.extend_hit(operation, hashes)
-        if len(extended) > len(hashes):
-            return extended, len(extended) * self.page_size
+        reached = self._dualpath.extend_hit(operation.handle, possible, len(hashes))
+        if reached > len(hashes):
+            return list(possible[:reached]), reached * self.page_size
         return hashes, tokens
+
+
+def controller_class() -> type[DualPathCacheController]:
+    """The one for the installed SGLang."""
+    return DualPathCacheController if _STORE_IS_TOLD else HitQueryingCacheController

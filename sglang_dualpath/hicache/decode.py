@@ -235,8 +235,8 @@ class DecodePath:
                 operation.dualpath_prefetch = self._prefetch(operation)
         self.reads.finish(operation.dualpath_prefetch)
 
-    def extend_hit(self, operation: Any, hashes: list[str]) -> list[str]:
-        return hashes
+    def extend_hit(self, handle: Any, hashes: Sequence[str], stored: int) -> int:
+        return stored
 
     def unwritten(self, hashes: Sequence[str]) -> list[int]:
         unknown = [which for which, page_hash in enumerate(hashes) if page_hash not in self._stored]

@@ -29,6 +29,8 @@ class PrefillPath:
         self._opening = threading.Lock()
         self._starts: dict[Any, int] = {}
         """First pages of what is being submitted, for the hit query: it may run before SGLang has noted the start."""
+        self._stored: dict[Any, int] = {}
+        """Pages that storage has, of prefetches that go on to what a decode engine holds."""
         self.park: Callable[[Any, str], None] = lambda handle, reason: None
 
     # -- scheduler thread ----------------------------------------------------------------------------------------
@@ -36,9 +38,11 @@ class PrefillPath:
     def starting(self, handle: Any, matched_tokens: int) -> None:
         """A prefetch that continues ``matched_tokens`` is about to be submitted."""
         self._starts[handle] = matched_tokens // self._page_tokens
+        self._stored.pop(handle, None)
 
     def declined(self, handle: Any, reason: NoOfferReason) -> None:
         self._starts.pop(handle, None)
+        self._stored.pop(handle, None)
         self.reads.declined(handle, reason)
 
     def allocated(self, operation: Any) -> Prefetch:
@@ -59,7 +63,7 @@ class PrefillPath:
         return Prefetch(
             handle=operation.handle,
             first_page=operation.storage_start // self._page_tokens,
-            stored_pages=min(len(hashes), getattr(operation, "dualpath_stored_pages", len(hashes))),
+            stored_pages=min(len(hashes), self._stored.get(operation.handle, len(hashes))),
             hashes=hashes,
             host_indices=operation.host_indices,
             read_pages=lambda first, slots: controller.read_pages(operation, first, pages.indices(slots)),
@@ -76,18 +80,18 @@ class PrefillPath:
         self._starts.pop(operation.handle, None)
         # Opened here at the latest, so that it cannot be opened after it has ended.
         self.reads.finish(self.allocated(operation))
+        self._stored.pop(operation.handle, None)
 
-    def extend_hit(self, operation: Any, hashes: list[str]) -> list[str]:
-        start = self._starts.get(operation.handle)
-        possible = operation.all_hash_values
-        if start is None or not possible or operation.pool_transfers:
-            return hashes
-        held = self.reads.held_pages(operation.handle, start + len(hashes), start + len(possible))
-        reach = min(held - start, len(possible))
-        if reach <= len(hashes):
-            return hashes
-        operation.dualpath_stored_pages = len(hashes)
-        return list(possible[:reach])
+    def extend_hit(self, handle: Any, hashes: Sequence[str], stored: int) -> int:
+        start = self._starts.get(handle)
+        if start is None:
+            return stored
+        held = self.reads.held_pages(handle, start + stored, start + len(hashes))
+        reached = min(held - start, len(hashes))
+        if reached <= stored:
+            return stored
+        self._stored[handle] = stored
+        return reached
 
     def unwritten(self, hashes: Sequence[str]) -> list[int]:
         return list(range(len(hashes)))
@@ -98,6 +102,7 @@ class PrefillPath:
     def forget(self) -> None:
         """The pools were cleared."""
         self._starts.clear()
+        self._stored.clear()
 
 
 class DualPathPrefillTree(UnifiedRadixCache):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from sglang_dualpath import metrics
 from sglang_dualpath.protocol import Cancelled, Done, Fail, clip
 from sglang_dualpath.reader.decode_read import Chunk
-from sglang_dualpath.reader.decode_state import DecodeState
+from sglang_dualpath.reader.decode_state import DecodeState, Withheld
 
 logger = logging.getLogger(__name__)
 
@@ -86,10 +86,19 @@ class Carriage:
             self._state.lock.notify_all()
         metrics.READ_BYTES.add(chunk.read_bytes, engine_role="decode", path="decode")
 
-    def pushed(self, chunk: Chunk, error: str | None, *, took_s: float = 0.0, drain_s: float | None = None) -> None:
+    def pushed(
+        self,
+        chunk: Chunk,
+        error: str | None,
+        *,
+        took_s: float = 0.0,
+        drain_s: float | None = None,
+        over: Callable[[], bool] = lambda: True,
+    ) -> None:
         """A chunk's push ended after ``took_s``, or was not tried (``error``).
 
-        One that the transfer engine failed comes with ``drain_s``, for which bytes of it may still arrive.
+        One that the transfer engine failed comes with ``drain_s``: bytes of it may arrive for so long, and until
+        ``over()``.
 
         The first word on a chunk is the last one: another call changes nothing.
         """
@@ -105,7 +114,7 @@ class Carriage:
                     self._state.hop_rate.add(chunk.good_pages * self._state.pages.page_bytes, took_s)
                 self._done(chunk)
             else:
-                self._failed(chunk, error, drain_s)
+                self._failed(chunk, error, drain_s, over)
             self._state.pump()
             self._state.lock.notify_all()
 
@@ -121,7 +130,7 @@ class Carriage:
             return "lease over during the push"
         return chunk.given_up
 
-    def _failed(self, chunk: Chunk, error: str, drain_s: float | None) -> None:
+    def _failed(self, chunk: Chunk, error: str, drain_s: float | None, over: Callable[[], bool]) -> None:
         read, claim_id = chunk.read, chunk.grant.claim_id
         fail = Fail(read.room, chunk.grant.attempt, claim_id, clip(error))
         if chunk.lease_lost and drain_s is None:
@@ -131,9 +140,9 @@ class Carriage:
             self._state.fall_back(read, "push_failed")
         else:
             self._state.end(read, "given_up")
-        if drain_s:
+        if drain_s or not over():
             # Unsaid for so long, and the prefill engine takes the claim back by its lease, into quarantine.
-            self._state.draining.append((self._state.clock() + drain_s, read.endpoint, fail))
+            self._state.draining.append(Withheld(self._state.clock() + (drain_s or 0.0), over, read.endpoint, fail))
         elif chunk.given_up is None:
             self._state.last_word(read, fail)
         else:

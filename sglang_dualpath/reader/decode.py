@@ -84,7 +84,8 @@ class DecodeReads(DecodeState):
     def without_prefetch(self, read: DecodeRead, why: str | None = None) -> None:
         """Nothing is to be read from storage here; what is held in memory is pushed while the request goes on."""
         with self.lock:
-            if why is not None and read.memory_left <= 0 and read.ended is None:
+            # Granted chunks are all of what it holds in memory: without host pages nothing else is claimed.
+            if why is not None and read.memory_left <= 0 and not read.granted and read.ended is None:
                 self.say(read, Decline(read.room, read.attempt, why))
                 self.end(read, why)
             self.settle(read)
@@ -230,6 +231,7 @@ class DecodeReads(DecodeState):
                     page_bytes=self.pages.page_bytes,
                     plane_bytes=tuple(plane.page_bytes for plane in self.pages.planes),
                     tp_size=1,
+                    session=self.sessions.known(endpoint),
                     match_pages=read.match_pages,
                     held_end_page=len(read.held_slots),
                     queued_read_bytes=self.queued_bytes(),
@@ -252,14 +254,14 @@ class DecodeReads(DecodeState):
                 if read.ended is None:
                     self._look_after(read, clock)
             self._end_where_pushes_hang(clock)
-            due, self.draining = (
-                [word for word in self.draining if clock >= word[0]],
-                [word for word in self.draining if clock < word[0]],
-            )
-            for _, endpoint, fail in due:
-                self.in_hand.discard((endpoint, fail.claim_id))
-                if endpoint is not None:
-                    self.send(endpoint, fail)
+            waiting, self.draining = self.draining, []
+            for one in waiting:
+                if clock < one.due_s or not one.over():
+                    self.draining.append(one)
+                    continue
+                self.in_hand.discard((one.endpoint, one.word.claim_id))
+                if one.endpoint is not None:
+                    self.send(one.endpoint, one.word)
             self.drop_overdue()
             self.pump()
             if clock >= self._gauges_s + _GAUGES_S:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from sglang_dualpath import metrics
 from sglang_dualpath.protocol import (
     Bye,
@@ -79,7 +81,9 @@ class DecodeMessages:
             self._state.fall_back(read, problem)
             self._state.settle(read)
             return
-        read.offer = offer
+        assert read.endpoint is not None
+        target = self._state.sessions.complete(read.endpoint, offer.target)
+        read.offer = msgspec.structs.replace(offer, target=target)
         read.phase = Phase.OFFERED
         read.memory_left = max(0, min(len(read.held_slots), offer.end_page) - offer.first_page)
         metrics.OFFERS.add(outcome="got")

@@ -8,6 +8,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from sglang_dualpath import metrics
 from sglang_dualpath.config import DualPathConfig
@@ -16,8 +17,19 @@ from sglang_dualpath.reader.decode_read import Asked, Chunk, DecodeRead, Phase
 from sglang_dualpath.reader.pool import HostPages
 from sglang_dualpath.reader.prefetch import Rate
 from sglang_dualpath.reader.pump import ClaimPump
+from sglang_dualpath.reader.sessions import Sessions
 
 logger = logging.getLogger(__name__)
+
+
+class Withheld(NamedTuple):
+    """The last word on a claim whose push failed, until no byte of it can arrive any more."""
+
+    due_s: float
+    over: Callable[[], bool]
+    """Whether the transfer engine has ended the push; not before that, however late it is."""
+    endpoint: str | None
+    word: Fail
 
 
 @dataclass(kw_only=True, eq=False)
@@ -39,8 +51,8 @@ class DecodeState:
     reads: OrderedDict[int, DecodeRead] = field(default_factory=OrderedDict)
     in_hand: set[tuple[str | None, int]] = field(default_factory=set)
     """Claims, by endpoint and claim id, whose last word this engine owes."""
-    draining: list[tuple[float, str | None, Fail]] = field(default_factory=list)
-    """Last words that must wait until no byte of a failed push can arrive any more."""
+    draining: list[Withheld] = field(default_factory=list)
+    sessions: Sessions = field(default_factory=Sessions)
     stopped: bool = False
     _requests: int = 0
 
@@ -109,6 +121,7 @@ class DecodeState:
         for read in self.reads.values():
             if read.ended is None and read.through:
                 self.claim_no_more(read, "through")
+        self._avoid_hanging_pushes()
         now = self.clock()
         for read in self.claims.next_claims(self.reads, now):
             self._requests += 1
@@ -116,6 +129,18 @@ class DecodeState:
             read.requested[self._requests] = Asked(now, read.memory_left > 0)
             pages = self.claims.claim_pages(read.offer, self.rate, self.pages.page_bytes)
             self.say(read, Claim(read.room, read.attempt, self._requests, pages))
+
+    def _avoid_hanging_pushes(self) -> None:
+        """What is read for an engine could not be pushed to it while a failed push to it has not ended."""
+        hanging = {one.endpoint for one in self.draining if not one.over()}
+        if not hanging:
+            return
+        for read in self.reads.values():
+            idle = not (read.requested or read.granted or read.busy)
+            if read.ended is None and read.offer is not None and idle and read.endpoint in hanging:
+                self.fall_back(read, "push_hangs")
+                if read.phase is Phase.OFFERED:
+                    self.settle(read)
 
     def queued_bytes(self) -> int:
         """Bytes of opened reads that this engine has not read, claimed or not."""

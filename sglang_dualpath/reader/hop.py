@@ -13,12 +13,11 @@ import threading
 import time
 
 from sglang_dualpath import metrics
-from sglang_dualpath.errors import TransferError
+from sglang_dualpath.errors import NotPushedError, TransferError
 from sglang_dualpath.reader.decode import Chunk, DecodeReads
-from sglang_dualpath.reader.pool import PlaneGeometry, push_plan
 from sglang_dualpath.reader.prefetch import ReadLimit
 from sglang_dualpath.reader.priority import PUSHING, READING, give_way
-from sglang_dualpath.transfer import Descriptor, Transport
+from sglang_dualpath.transfer import Peer, PlaneGeometry, PoolGeometry, Transport
 
 logger = logging.getLogger(__name__)
 
@@ -115,35 +114,30 @@ class HopReader:
 
     def push(self, session: str, chunk: Chunk) -> None:
         """Push one chunk and say its last word."""
-        try:
-            problem, descriptors = self._plan(chunk)
-        except Exception as fault:
-            logger.exception("No push to %s.", session)
-            problem, descriptors = f"{type(fault).__name__} before the push", []
+        problem = self._chunks.refused_push(chunk)
         if problem is not None:
             self._chunks.pushed(chunk, problem)
             return
+        try:
+            source = self._chunks.source_slots(chunk)[: chunk.good_pages]
+            peer = _peer(chunk)
+        except Exception as fault:
+            logger.exception("No push to %s.", session)
+            self._chunks.pushed(chunk, f"{type(fault).__name__} before the push")
+            return
         started = time.monotonic()
         try:
-            self._transport.push(session, descriptors)
+            self._transport.push(peer, source, chunk.grant.slots[: chunk.good_pages])
+        except NotPushedError as error:
+            self._chunks.pushed(chunk, str(error))
         except TransferError as error:
-            self._chunks.pushed(chunk, str(error), drain_s=self._transport.drain_s)
+            self._chunks.pushed(chunk, str(error), drain_s=self._transport.drain_s, over=error.over)
         except Exception as fault:
             logger.exception("Push to %s failed.", session)
             problem = f"{type(fault).__name__} in the transfer engine"
             self._chunks.pushed(chunk, problem, drain_s=self._transport.drain_s)
         else:
             self._chunks.pushed(chunk, None, took_s=time.monotonic() - started)
-
-    def _plan(self, chunk: Chunk) -> tuple[str | None, list[Descriptor]]:
-        problem = self._chunks.refused_push(chunk)
-        if problem is not None:
-            return problem, []
-        offer = chunk.read.offer
-        assert offer is not None
-        source = self._chunks.source_slots(chunk)[: chunk.good_pages]
-        target = [PlaneGeometry(plane.base, plane.stride_bytes, plane.page_bytes) for plane in offer.target.planes]
-        return None, push_plan(self._reads.pages.planes, source, target, chunk.grant.slots[: chunk.good_pages])
 
     def next_push(self, pusher: _Pusher) -> Chunk | None:
         """The next chunk for ``pusher``; None when it is to end."""
@@ -156,6 +150,15 @@ class HopReader:
                         if self._pushers.get(pusher.session) is pusher:
                             del self._pushers[pusher.session]
                         return None
+
+
+def _peer(chunk: Chunk) -> Peer:
+    """Where the prefill engine that granted the chunk said its host pool is."""
+    offer = chunk.read.offer
+    assert offer is not None
+    target = offer.target
+    planes = tuple(PlaneGeometry(plane.base, plane.stride_bytes, plane.page_bytes) for plane in target.planes)
+    return Peer(target.session, target.metadata, PoolGeometry(planes, target.slots))
 
 
 class _Pusher:

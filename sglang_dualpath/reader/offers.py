@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+import msgspec
+
 from sglang_dualpath import __version__, metrics
 from sglang_dualpath.ledger import Share
 from sglang_dualpath.ledger.types import End
@@ -52,6 +54,7 @@ class OfferDesk:
         policy: decides who may claim.
         engine: this engine's id, as policies see it.
         session: its transfer session, where decode engines push to.
+        metadata: what they must know of it besides; it goes to each of them once.
         send: ``send(peer, message)``; thread-safe and never blocks.
     """
 
@@ -62,6 +65,7 @@ class OfferDesk:
         policy: BalancingPolicy,
         engine: str,
         session: str,
+        metadata: bytes = b"",
         send: Callable[[bytes, Message], object],
     ) -> None:
         self._reads = reads
@@ -69,7 +73,13 @@ class OfferDesk:
         self._planner = Planner(reads, policy=policy, engine=engine)
         self._claims = ClaimDesk(reads, self._planner, send)
         pool = reads.pages
-        self._target = Target(session=session, planes=tuple(Plane(*plane) for plane in pool.planes), slots=pool.slots)
+        self._target = Target(
+            session=session,
+            planes=tuple(Plane(*plane) for plane in pool.planes),
+            slots=pool.slots,
+            metadata=metadata,
+        )
+        self._target_by_name = msgspec.structs.replace(self._target, metadata=b"")
         self._plane_bytes = tuple(plane.page_bytes for plane in pool.planes)
         self._gauges_s = 0.0
         reads.asks_decode = self._planner.needs_decode
@@ -305,7 +315,7 @@ class OfferDesk:
                 end_page=span.end_page,
                 storage_end_page=span.first_page + span.stored_pages,
                 end_hash=span.hashes[-1],
-                target=self._target,
+                target=self._target_by_name if hello.session == self._target.session else self._target,
                 lease_s=config.lease_s,
                 chunk_pages=self._reads.chunk_pages,
                 limit_pages=limit_pages,

@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from sglang_dualpath.errors import UnsupportedError
-from sglang_dualpath.transfer import Descriptor, coalesce
-
-
-class PlaneGeometry(NamedTuple):
-    """Slot ``k`` of this plane is ``page_bytes`` bytes at ``base + k * stride_bytes``.
-
-    A page has one plane per contiguous piece: two (K and V) for MHA/GQA, one for MLA.
-    """
-
-    base: int
-    stride_bytes: int
-    page_bytes: int
+from sglang_dualpath.transfer import PlaneGeometry, PoolGeometry
 
 
 class HostPages:
@@ -42,6 +31,7 @@ class HostPages:
                 f"the host pool holds {self.slots} page(s); give it more with --hicache-size or --hicache-ratio"
             )
         self.planes = self._measure()
+        self.geometry = PoolGeometry(self.planes, self.slots)
         self.page_bytes = sum(plane.page_bytes for plane in self.planes)
 
     def _measure(self) -> tuple[PlaneGeometry, ...]:
@@ -63,17 +53,6 @@ class HostPages:
             planes.append(PlaneGeometry(first, stride, sizes[piece]))
         return tuple(planes)
 
-    def regions(self) -> list[tuple[int, int]]:
-        """Address and length of the memory to register, joined where planes lie side by side."""
-        spans = sorted((plane.base, plane.base + self.slots * plane.stride_bytes) for plane in self.planes)
-        joined: list[tuple[int, int]] = []
-        for start, end in spans:
-            if joined and start <= joined[-1][1]:
-                joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
-            else:
-                joined.append((start, end))
-        return [(start, end - start) for start, end in joined]
-
     def indices(self, slots: Sequence[int]) -> torch.Tensor:
         """Token indices of ``slots``, as SGLang counts them: int64, shape ``(len(slots) * page_tokens,)``."""
         starts = torch.tensor(slots, dtype=torch.int64) * self.page_tokens
@@ -82,30 +61,3 @@ class HostPages:
     def slots_of(self, indices: torch.Tensor) -> list[int]:
         """Slot numbers of page-aligned token ``indices`` (int64, a multiple of ``page_tokens`` long)."""
         return [int(start) // self.page_tokens for start in indices[:: self.page_tokens].tolist()]
-
-
-def push_plan(
-    source: Sequence[PlaneGeometry],
-    source_slots: Sequence[int],
-    target: Sequence[PlaneGeometry],
-    target_slots: Sequence[int],
-) -> list[Descriptor]:
-    """Descriptors that copy each source slot into the target slot at the same position, coalesced per plane.
-
-    Raises :class:`ValueError` when the two sides' planes differ: the pages would not mean the same.
-    """
-    if len(source_slots) != len(target_slots):
-        raise ValueError(f"{len(source_slots)} source pages for {len(target_slots)} target pages")
-    if [plane.page_bytes for plane in source] != [plane.page_bytes for plane in target]:
-        raise ValueError("the pages of the two host pools differ in their layout")
-
-    def pieces() -> Iterator[Descriptor]:
-        for ours, theirs in zip(source, target, strict=True):
-            for from_slot, to_slot in zip(source_slots, target_slots, strict=True):
-                yield Descriptor(
-                    ours.base + from_slot * ours.stride_bytes,
-                    theirs.base + to_slot * theirs.stride_bytes,
-                    ours.page_bytes,
-                )
-
-    return coalesce(pieces())

@@ -31,7 +31,6 @@ from sglang_dualpath.reader.pool import HostPages
 from sglang_dualpath.reader.prefetch import ReadLimit
 from sglang_dualpath.reader.prefill import PrefillReads
 from sglang_dualpath.transfer import Transport
-from sglang_dualpath.transfer.mooncake import MooncakeTransport
 
 logger = logging.getLogger(__name__)
 
@@ -66,8 +65,8 @@ def _host_pages(scheduler: Any) -> HostPages:
 
 
 def _transport(manager: Any, pages: HostPages) -> Transport:
-    transport = MooncakeTransport(manager.engine)
-    transport.register(pages.regions())
+    transport: Transport = manager.transport()
+    transport.register(pages.geometry)
     return transport
 
 
@@ -103,6 +102,7 @@ class PrefillSide:
             policy=load_policy(config.policy),
             engine=engine,
             session=transport.session,
+            metadata=transport.metadata,
             send=lambda peer, message: self._control.send(peer, message),
         )
         self.path = PrefillPath(controller, self.reads)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sglang_dualpath.errors import TransferError
-from sglang_dualpath.transfer.base import Descriptor
+from sglang_dualpath.transfer.base import Peer, PoolGeometry, push_plan
 
 # More descriptors in one call make the engine allocate per-slice state for all of them at once; a chunk never needs
 # this many, so the cap only guards against a badly fragmented host pool.
@@ -30,22 +30,27 @@ def _drain_s() -> float:
 class MooncakeTransport:
     """Pushes through an engine with SGLang's ``MooncakeTransferEngine`` interface.
 
+    A session's name is all that a peer must know: engines ask each other for the rest.
+
     Args:
         engine: has ``get_session_id()``, ``register(ptr, length)``, ``deregister(ptr)`` and
             ``batch_transfer_sync(session, sources, destinations, lengths)`` (negative on failure, GIL released).
     """
 
+    metadata = b""
+
     def __init__(self, engine: Any) -> None:
         self.drain_s = _drain_s()
         self._engine = engine
+        self._pool = PoolGeometry((), 0)
         self._registered: list[int] = []
 
     @property
     def session(self) -> str:
         return str(self._engine.get_session_id())
 
-    def register(self, regions: Sequence[tuple[int, int]]) -> None:
-        for address, length in regions:
+    def register(self, pool: PoolGeometry) -> None:
+        for address, length in pool.regions():
             try:
                 self._engine.register(address, length)
             except RuntimeError as error:
@@ -53,18 +58,20 @@ class MooncakeTransport:
                     f"Mooncake could not register {length} bytes of the host pool ({error}); check the memlock limit"
                 ) from error
             self._registered.append(address)
+        self._pool = pool
 
-    def push(self, session: str, descriptors: Sequence[Descriptor]) -> None:
-        for start in range(0, len(descriptors), _DESCRIPTORS_PER_CALL):
-            part = descriptors[start : start + _DESCRIPTORS_PER_CALL]
+    def push(self, peer: Peer, source_slots: Sequence[int], target_slots: Sequence[int]) -> None:
+        plan = push_plan(self._pool, source_slots, peer.pool, target_slots)
+        for start in range(0, len(plan), _DESCRIPTORS_PER_CALL):
+            part = plan[start : start + _DESCRIPTORS_PER_CALL]
             status = self._engine.batch_transfer_sync(
-                session,
+                peer.session,
                 [one.source for one in part],
                 [one.destination for one in part],
                 [one.length for one in part],
             )
             if status < 0:
-                raise TransferError(f"Mooncake reported {status} for a push to {session}")
+                raise TransferError(f"Mooncake reported {status} for a push to {peer.session}")
 
     def close(self) -> None:
         for address in self._registered:

@@ -25,9 +25,10 @@ def sample(path: str, megabytes_per_s: float, *, message_bytes: int = MIB, cpu_s
     return Sample(path, message_bytes, moved, moved / (megabytes_per_s * 1e6), Cpu(cpu_s, cpu_s / 2), Cpu(cpu_s, 0.0))
 
 
-def test_every_path_brings_every_byte_and_is_measured_alternating() -> None:
+@pytest.mark.parametrize("transport", ["mooncake", "nixl"])
+def test_every_path_brings_every_byte_and_is_measured_alternating(transport: str) -> None:
     # Smaller than a page of the fixed setting: one page a message. `measure` compares the bytes at both ends.
-    settings = HopSettings(message_bytes=(8 << 10,), sample_bytes=64 << 10, repetitions=2, warm_up=0)
+    settings = HopSettings(transport, message_bytes=(8 << 10,), sample_bytes=64 << 10, repetitions=2, warm_up=0)
     samples = measure(settings)
     assert [one.path for one in samples] == [*PATHS, *reversed(PATHS)]
     assert all(one.moved_bytes == 64 << 10 and one.seconds > 0 for one in samples)
@@ -68,16 +69,16 @@ def test_a_path_that_does_not_exist_is_refused() -> None:
         measure(HopSettings(paths=("pigeon",)))
 
 
-def test_a_transport_without_a_push_is_refused_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "says"), [("nixl", r"`nixl`\.$"), ("mooncake", r"non-cuda build\.$")])
+def test_a_transfer_engine_that_is_not_installed_is_named_in_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, name: str, says: str
+) -> None:
     found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "nixl" else found(name))
-    with pytest.raises(BenchmarkError, match=r"install the package `nixl`\.$"):
-        fabrics.fabric("nixl")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    with pytest.raises(BenchmarkError, match="--transport mooncake"):
-        fabrics.fabric("nixl")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda asked: None if asked == name else found(asked))
+    with pytest.raises(BenchmarkError, match=says):
+        fabrics.fabric(name)
     for command in ("hop", "cpu"):
-        result = CliRunner().invoke(app, [command, "--transport", "nixl"])
+        result = CliRunner().invoke(app, [command, "--transport", name])
         assert (result.exit_code, result.stdout) == (2, "")
         assert result.stderr.strip().count("\n") == 0
 
@@ -102,7 +103,7 @@ def test_pages_have_the_geometry_of_sglangs_pool() -> None:
     keys, values = pool.pages.planes
     assert (keys.stride_bytes, keys.page_bytes) == (values.stride_bytes, values.page_bytes) == (2048, 2048)
     assert values.base - keys.base == 6 * 2048
-    assert pool.pages.regions() == [(pool.address, 6 * 4096)]
+    assert pool.pages.geometry.regions() == [(pool.address, 6 * 4096)]
 
 
 def test_scattered_pages_are_all_pages_and_hardly_ever_neighbours() -> None:

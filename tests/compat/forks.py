@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
+PATCHED = os.environ.get("DUALPATH_PATCHED_SGLANG", "")
+"""Where the copy of SGLang is that `make check-patches` tests against; empty for the installed one."""
 START_S = 110
 CASE_S = 60
 
@@ -64,7 +66,7 @@ def server_environment() -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
         "PYTHONWARNINGS": "ignore",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), PATCHED])),
     }
 
 

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import io
+import itertools
 import os
 import runpy
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +44,13 @@ def launch_server(argv: list[str], shell: str = "python") -> None:
 
         sys.argv = ["sglang", "serve", *argv]
         main()
+
+
+def launch_server_without(package: str, argv: list[str]) -> None:
+    """The same where a package is not installed."""
+    found = importlib.util.find_spec
+    importlib.util.find_spec = lambda name, *rest: None if name == package else found(name, *rest)
+    launch_server(argv)
 
 
 def engine(arguments: dict[str, Any]) -> None:
@@ -103,25 +113,68 @@ def without_each_seam() -> dict[str, tuple[int, str]]:
     """How the plugin ends in a SGLang that lacks one thing, for each thing that is relied on: exit code, and stderr.
 
     One after another in this process, which is put right in between: nothing is installed before all is checked. The
-    switch is in the environment.
+    switch is in the environment. Then, on top of an installed plugin, the same for what each transfer backend needs.
     """
+    from sglang_dualpath.compat.catalogue import CONNECTOR_SEAMS, SEAMS
+    from sglang_dualpath.plugin import register
+
+    outcomes = {seam.name: _outcome_without(seam, register) for seam in SEAMS if _needed(seam)}
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()  # all is right again
+    for backend, seams in CONNECTOR_SEAMS.items():
+        needed = filter(_needed, seams)
+        outcomes |= {seam.name: _outcome_without(seam, lambda backend=backend: make_tree(backend)) for seam in needed}
+    return outcomes
+
+
+def _needed(seam: Any) -> bool:
+    from sglang_dualpath.compat import native
+
+    return seam.native is None or not native.has(seam.native)
+
+
+def natives() -> dict[str, bool]:
+    """What SGLang is found to offer by itself."""
+    from sglang_dualpath.compat import native
+
+    return {name: native.has(name) for name in native._LOOKS}
+
+
+def _outcome_without(seam: Any, start: Callable[[], None]) -> tuple[int, str]:
     import pytest
 
-    from sglang_dualpath.compat.catalogue import SEAMS
-    from sglang_dualpath.plugin import register
     from tests.compat.breaking import break_seam
 
-    outcomes = {}
-    for seam in SEAMS:
-        stderr = io.StringIO()
-        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(stderr):
+    stderr = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(stderr):
+        break_seam(patch, seam.path, seam.attribute, seam.parameters)
+        try:
+            start()
+        except SystemExit as stop:
+            return int(stop.code or 0), stderr.getvalue()
+        except BaseException as fault:
+            return -1, f"{stderr.getvalue()}{fault!r}"
+    return 0, stderr.getvalue()
+
+
+def without_the_other_connector(backend: str, other: str) -> dict[str, list[str]]:
+    """A scheduler process whose SGLang lacks all that another transfer backend's connector relies on."""
+    import pytest
+    from sglang.srt.mem_cache import registry
+    from sglang.srt.plugins import load_plugins
+
+    registry.create_unified_radix_cache = lambda ctx, cache_class: None
+    load_plugins()
+    from sglang_dualpath.compat.catalogue import CONNECTOR_SEAMS
+    from tests.compat.breaking import break_seam
+
+    with pytest.MonkeyPatch.context() as patch:
+        for seam in reversed(CONNECTOR_SEAMS[other]):  # classes after what is in them
             break_seam(patch, seam.path, seam.attribute, seam.parameters)
-            try:
-                register()
-            except SystemExit as stop:
-                outcomes[seam.name] = (int(stop.code or 0), stderr.getvalue())
-    register()  # all is right again
-    return outcomes
+        make_tree(backend)
+    modules = (f"sglang_dualpath.connector.{name}" for name in CONNECTOR_SEAMS)
+    return {"imported": [module for module in modules if module in sys.modules]}
 
 
 def undeclared() -> dict[str, list[str]]:
@@ -131,9 +184,10 @@ def undeclared() -> dict[str, list[str]]:
     import pkgutil
 
     import sglang_dualpath
-    from sglang_dualpath.compat.catalogue import SEAMS
+    from sglang_dualpath.compat.catalogue import CONNECTOR_SEAMS, SEAMS
 
-    seams = [pkgutil.resolve_name(seam.path) for seam in SEAMS if seam.attribute is None]
+    known = [*SEAMS, *itertools.chain.from_iterable(CONNECTOR_SEAMS.values())]
+    seams = [pkgutil.resolve_name(seam.path) for seam in known if seam.attribute is None]
     imports, overrides = [], []
     for info in pkgutil.walk_packages(sglang_dualpath.__path__, "sglang_dualpath."):
         module = importlib.import_module(info.name)
@@ -142,7 +196,7 @@ def undeclared() -> dict[str, list[str]]:
                 for name in node.names:
                     found = getattr(importlib.import_module(node.module or ""), name.name)
                     within = f"{node.module}.{name.name}."
-                    if not any(found is seam for seam in seams) and not any(s.path.startswith(within) for s in SEAMS):
+                    if not any(found is seam for seam in seams) and not any(s.path.startswith(within) for s in known):
                         imports.append(f"{info.name}: {node.module}.{name.name}")
         for cls in vars(module).values():
             if inspect.isclass(cls) and cls.__module__ == info.name:
@@ -218,18 +272,20 @@ def special_model(kind: str) -> None:
     make_tree(**{kind: True})
 
 
-def make_tree(**kinds: bool) -> None:
+def make_tree(backend: str = "mooncake", mode: str = "prefill", **kinds: bool) -> None:
     """Ask the tree factory that is registered for this package's trees, as the scheduler does."""
+    from sglang.srt import runtime_context
     from sglang.srt.mem_cache.registry import get_radix_cache_factory
 
+    disagg = types.SimpleNamespace(disaggregation_mode=mode, disaggregation_transfer_backend=backend)
+    runtime_context.get_disagg = lambda: disagg
     factory = get_radix_cache_factory("dualpath")
     assert factory is not None
     factory(types.SimpleNamespace(**{"is_hybrid_swa": False, "is_hybrid_ssm": False, "is_dsa": False} | kinds))
 
 
-def tree() -> dict[str, str]:
+def tree(backend: str) -> dict[str, str]:
     """Which tree a scheduler process gets, by its role."""
-    from sglang.srt import runtime_context
     from sglang.srt.mem_cache import registry
     from sglang.srt.plugins import load_plugins
 
@@ -240,7 +296,5 @@ def tree() -> dict[str, str]:
     registry.create_unified_radix_cache = create
     load_plugins()
     for mode in ("prefill", "decode"):
-        role = types.SimpleNamespace(disaggregation_mode=mode)
-        runtime_context.get_disagg = lambda role=role: role
-        make_tree()
+        make_tree(backend, mode)
     return made

@@ -43,7 +43,8 @@ def test_a_hook_that_another_plugin_overrides_stops_the_process(forks: ForkServe
     assert "SGLANG_PLUGINS" in sentence
 
 
-def test_a_scheduler_process_without_faults_makes_its_tree(forks: ForkServer) -> None:
-    outcome = forks.run("tree", env=SWITCH)
+@pytest.mark.parametrize("backend", ["mooncake", "nixl"])
+def test_a_scheduler_process_without_faults_makes_its_tree(forks: ForkServer, backend: str) -> None:
+    outcome = forks.run("tree", backend, env=SWITCH)
     assert outcome.code == 0, outcome.stderr
     assert outcome.report == {"prefill": "DualPathPrefillTree", "decode": "DualPathDecodeTree"}

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
 
-from sglang_dualpath.compat.stores import shared_devices
+from sglang_dualpath.compat import arguments
+from sglang_dualpath.compat.stores import hop_devices, shared_devices
 from tests.compat.conftest import Argv
 from tests.compat.forks import ForkServer, Outcome, request
 
@@ -49,6 +52,11 @@ CASES = {
         ),
         storage=None,
     ),
+    "NIXL over another network library": Case(
+        ("--disaggregation-transfer-backend", "nixl"),
+        ("SGLANG_DISAGGREGATION_NIXL_BACKEND=LIBFABRIC", "when its writes have ended", "UCX"),
+        env=(("SGLANG_DISAGGREGATION_NIXL_BACKEND", "LIBFABRIC"),),
+    ),
     "tensor parallel": Case(("--tp-size", "2"), ("--tp-size 2", ONE_READER)),
     "pipeline parallel": Case(("--pp-size", "2"), ("--pp-size 2", ONE_READER)),
     "context parallel": Case(("--attn-cp-size", "2", "--tp-size", "2"), ("--tp-size 2", ONE_READER)),
@@ -70,8 +78,8 @@ CASES = {
     "encoder": Case(("--encoder-only",), ("--encoder-only", "no KV cache"), mode=None),
     "encoder with a role": Case(("--encoder-only",), ("--encoder-only", "no KV cache")),
     "language model of an encoder": Case(("--language-only",), ("--language-only", "encoder"), mode="prefill"),
-    "transfer backend nixl": Case(
-        ("--disaggregation-transfer-backend", "nixl"), ("--disaggregation-transfer-backend nixl", "mooncake")
+    "transfer backend mori": Case(
+        ("--disaggregation-transfer-backend", "mori"), ("--disaggregation-transfer-backend mori", "mooncake", "nixl")
     ),
     "transfer backend fake": Case(
         ("--disaggregation-transfer-backend", "fake"), ("--disaggregation-transfer-backend fake", "mooncake")
@@ -184,12 +192,34 @@ def test_without_the_flag_none_of_it_is_our_business(forks: ForkServer, argv: Ar
         (("--hicache-mem-layout", "page_first"), "file"),
         (("--hicache-mem-layout", "layer_first", "--hicache-io-backend", "kernel"), "mooncake"),
         (("--disaggregation-transfer-backend", "mooncake_tcp"), "file"),
+        (("--disaggregation-transfer-backend", "nixl"), "file"),
         (("--hicache-write-policy", "write_through_selective"), "file"),
     ],
 )
 def test_is_not_refused(forks: ForkServer, argv: Argv, flags: tuple[str, ...], storage: str) -> None:
     outcome = forks.run("launch_server", argv("decode", *flags, storage=storage))
     assert outcome.code == 0, outcome.stderr
+
+
+def test_nixl_without_its_package_is_refused(forks: ForkServer, argv: Argv) -> None:
+    line = argv("prefill", "--disaggregation-transfer-backend", "nixl")
+    sentence = forks.run("launch_server_without", "nixl", line).sentence
+    assert "--disaggregation-transfer-backend nixl without the package nixl" in sentence
+    assert sentence.endswith("pip install nixl.")
+    assert forks.run("launch_server_without", "nixl", argv("prefill")).code == 0
+
+
+@pytest.mark.parametrize(("version", "refused"), [("1.4.2", True), ("1.5", False), ("1.10.0", False), (None, False)])
+def test_a_nixl_that_is_too_old_is_known(
+    monkeypatch: pytest.MonkeyPatch, version: str | None, refused: bool
+) -> None:
+    def installed(package: str) -> str:
+        if version is None:
+            raise importlib.metadata.PackageNotFoundError(package)
+        return version
+
+    monkeypatch.setattr(importlib.metadata, "version", installed)
+    assert arguments.is_older("nixl", arguments.OLDEST_NIXL) is refused
 
 
 # -- models ------------------------------------------------------------------------------------------------------------
@@ -220,12 +250,27 @@ def test_models_with_more_than_one_pool_are_refused_where_their_tree_would_be_ma
         ("mlx5_0", '{"0": "mlx5_1,mlx5_2"}', None),
         ("", "mlx5_1", "mlx5_1"),
         ("mlx5_0", None, "mlx5_0"),
-        ("", None, "Mooncake chooses from all"),
+        ("", None, "chosen from all"),
         ("{broken", "mlx5_0", None),
     ],
 )
 def test_devices_that_store_and_hop_share(store: str, hop: str | None, shared: str | None) -> None:
     assert shared_devices(store, hop) == shared
+
+
+@pytest.mark.parametrize(
+    ("said", "means"),
+    [
+        ("mlx5_0:1,mlx5_1:1", "mlx5_0,mlx5_1"),
+        ("all", None),
+        ("^mlx5_1:1", None),
+        ("", "of the flag"),
+    ],
+)
+def test_devices_that_ucx_was_given(monkeypatch: pytest.MonkeyPatch, said: str, means: str | None) -> None:
+    monkeypatch.setenv("UCX_NET_DEVICES", said)
+    flags = SimpleNamespace(disaggregation_transfer_backend="nixl", disaggregation_ib_device="of the flag")
+    assert hop_devices(flags) == means
 
 
 def test_devices_in_a_file_are_read(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,10 +12,11 @@ from pathlib import Path
 import pytest
 
 import sglang_dualpath
-from sglang_dualpath.compat.catalogue import SEAMS
+from sglang_dualpath.compat.catalogue import CONNECTOR_SEAMS
+from sglang_dualpath.compat.catalogue import SEAMS as COMMON_SEAMS
 from sglang_dualpath.compat.seams import SUPPORTED_RELEASE, Seam, check
 from sglang_dualpath.errors import SeamError
-from tests.compat.forks import ForkServer, Outcome
+from tests.compat.forks import PATCHED, ForkServer, Outcome
 
 # The first test of a run waits for the process that imports SGLang, on a machine that may be in use.
 pytestmark = pytest.mark.timeout(300)
@@ -22,6 +24,9 @@ pytestmark = pytest.mark.timeout(300)
 
 PACKAGE = Path(sglang_dualpath.__file__).parent
 SWITCH = {"SGLANG_KV_CONNECTOR": "dualpath"}
+ALL_SEAMS = (*COMMON_SEAMS, *itertools.chain.from_iterable(CONNECTOR_SEAMS.values()))
+# Where the patches are applied, nothing relies on what they make needless.
+SEAMS = [seam for seam in ALL_SEAMS if not (PATCHED and seam.native)]
 
 
 # -- one missing -------------------------------------------------------------------------------------------------------
@@ -46,6 +51,20 @@ def test_a_missing_seam_stops_the_process_with_a_sentence_that_names_it(
         assert f"{seam.name} is missing" in sentence
     assert sentence.startswith(f"SGLang {SUPPORTED_RELEASE} lacks what sglang_dualpath hooks into")
     assert sentence.endswith("install stock SGLang, or drop --kv-connector.")
+
+
+@pytest.mark.parametrize(("backend", "other"), [("mooncake", "nixl"), ("nixl", "mooncake")])
+def test_only_the_connector_in_use_is_looked_at(forks: ForkServer, backend: str, other: str) -> None:
+    outcome = forks.run("without_the_other_connector", backend, other, env=SWITCH)
+    assert outcome.code == 0, outcome.stderr
+    assert outcome.report == {"imported": [f"sglang_dualpath.connector.{backend}"]}
+
+
+def test_what_the_patches_add_is_found_where_they_are_applied_and_only_there(forks: ForkServer) -> None:
+    outcome = forks.run("natives")
+    assert outcome.code == 0, outcome.stderr
+    patches = {path.stem.partition("-")[2] for path in (PACKAGE.parent / "patches").glob("*.patch")}
+    assert outcome.report == dict.fromkeys(patches, bool(PATCHED))
 
 
 def test_stock_sglang_has_every_seam(forks: ForkServer) -> None:
@@ -124,11 +143,11 @@ def test_other_releases_are_refused_by_name(monkeypatch: pytest.MonkeyPatch, rel
 
 
 def test_each_seam_says_what_it_is_why_and_until_when() -> None:
-    assert [one.name for one in SEAMS if not (one.what and one.why and one.remove_when)] == []
+    assert [one.name for one in ALL_SEAMS if not (one.what and one.why and one.remove_when)] == []
 
 
 def test_no_seam_is_named_twice() -> None:
-    assert [name for name, count in Counter(one.name for one in SEAMS).items() if count > 1] == []
+    assert [name for name, count in Counter(one.name for one in ALL_SEAMS).items() if count > 1] == []
 
 
 def sources(*parts: str) -> Iterator[tuple[str, ast.Module]]:
@@ -152,7 +171,7 @@ def own_names() -> set[str]:
 
 
 def test_every_private_name_of_sglang_is_declared() -> None:
-    known = {one.name.rpartition(".")[2] for one in SEAMS} | own_names()
+    known = {one.name.rpartition(".")[2] for one in ALL_SEAMS} | own_names()
     private = [
         f"{where}:{node.lineno} {node.attr}"
         for where, module in sources("hicache", "scheduler", "connector", "compat", "reader", "transfer")
@@ -172,7 +191,7 @@ def test_every_import_and_override_of_sglang_is_declared(forks: ForkServer) -> N
 
 
 def test_every_server_argument_that_is_read_or_set_is_declared() -> None:
-    declared = {one.name.rpartition(".")[2] for one in SEAMS if ".ServerArgs." in one.path}
+    declared = {one.name.rpartition(".")[2] for one in ALL_SEAMS if ".ServerArgs." in one.path}
     used = set()
     for _, module in sources("compat"):
         for node in ast.walk(module):

@@ -10,7 +10,7 @@ import pytest
 
 from sglang_dualpath.config import FLAGS
 from tests.compat.conftest import Argv
-from tests.compat.forks import ForkServer
+from tests.compat.forks import PATCHED, ForkServer
 
 # The first test of a run waits for the process that imports SGLang, on a machine that may be in use.
 pytestmark = pytest.mark.timeout(300)
@@ -24,7 +24,8 @@ FLAG_HOOKS = [
 OTHER_HOOKS = [
     "sglang.srt.disaggregation.decode.DecodePreallocQueue",
     "sglang.srt.disaggregation.decode.DecodeTransferQueue",
-    "sglang.srt.disaggregation.utils.get_kv_class",
+    # Natively registered where the patches are applied.
+    *([] if PATCHED else ["sglang.srt.disaggregation.utils.get_kv_class"]),
     "sglang.srt.managers.scheduler.Scheduler",
     "sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller.HybridCacheController",
 ]
@@ -260,7 +261,7 @@ def test_what_is_not_overridden_is_not_logged(forks: ForkServer, argv: Argv) -> 
     assert "host pool is" not in log
 
 
-@pytest.mark.parametrize("backend", ["mooncake", "mooncake_tcp"])
+@pytest.mark.parametrize("backend", ["mooncake", "mooncake_tcp", "nixl"])
 def test_the_transfer_backend_stays_as_given(forks: ForkServer, argv: Argv, backend: str) -> None:
     assert "disaggregation_transfer_backend" not in changed(
         forks, argv, "prefill", "--disaggregation-transfer-backend", backend
@@ -292,7 +293,7 @@ def test_a_server_that_lends_none_is_not_warned(forks: ForkServer, argv: Argv) -
 def test_store_and_hop_on_one_rdma_device_are_warned_of(forks: ForkServer, argv: Argv) -> None:
     settings = {"global_segment_size": 0, "protocol": "rdma"}
     log = mooncake_log(forks, argv, settings, env={"MC_FORCE_TCP": "0"})
-    assert "The store's transfers and the hop share a NIC (Mooncake chooses from all)" in log
+    assert "The store's transfers and the hop share a NIC (chosen from all)" in log
 
 
 def test_without_rdma_nothing_is_said_of_devices(forks: ForkServer, argv: Argv) -> None:

@@ -11,15 +11,15 @@ import pytest
 from aiohttp import web
 from sglang.srt.disaggregation.base import KVPoll
 
+from sglang_dualpath.connector import kv_classes, mooncake, nixl
 from sglang_dualpath.connector.gate import OpenGate
-from sglang_dualpath.connector.mooncake import (
-    KV_CLASSES,
-    DualPathMooncakeKVBootstrapServer,
-    DualPathMooncakeKVManager,
-    DualPathMooncakeKVReceiver,
-)
 from sglang_dualpath.connector.rooms import real_room
+from sglang_dualpath.transfer.mooncake import MooncakeTransport
+from sglang_dualpath.transfer.nixl import NixlTransport
 
+RECEIVERS = (mooncake.DualPathMooncakeKVReceiver, nixl.DualPathNixlKVReceiver)
+MANAGERS = (mooncake.DualPathMooncakeKVManager, nixl.DualPathNixlKVManager)
+SERVERS = (mooncake.DualPathMooncakeKVBootstrapServer, nixl.DualPathNixlKVBootstrapServer)
 ROOM = 41
 ADDRESS = "10.0.0.1:8998"
 
@@ -76,9 +76,9 @@ def manager(gate: ScriptedGate) -> StubManager:
     return StubManager(gate)
 
 
-@pytest.fixture
-def receiver(manager: StubManager) -> Any:
-    return DualPathMooncakeKVReceiver(manager, ADDRESS, ROOM)
+@pytest.fixture(params=RECEIVERS)
+def receiver(request: pytest.FixtureRequest, manager: StubManager) -> Any:
+    return request.param(manager, ADDRESS, ROOM)
 
 
 def test_a_request_whose_read_is_pending_is_bootstrapping(
@@ -158,26 +158,46 @@ def test_a_failed_request_tells_the_gate(receiver: Any, manager: StubManager, ga
     assert gate.dropped == [(ROOM, receiver)]
 
 
-def test_a_request_without_a_room_tells_nothing(manager: StubManager, gate: ScriptedGate) -> None:
-    receiver: Any = DualPathMooncakeKVReceiver(manager, ADDRESS, None)
-    receiver.clear()
+@pytest.mark.parametrize("kind", RECEIVERS)
+def test_a_request_without_a_room_tells_nothing(kind: Any, manager: StubManager, gate: ScriptedGate) -> None:
+    kind(manager, ADDRESS, None).clear()
     assert gate.dropped == []
 
 
-def test_a_manager_without_a_read_path_holds_back_nothing() -> None:
-    gate = DualPathMooncakeKVManager.gate
+@pytest.mark.parametrize("kind", MANAGERS)
+def test_a_manager_without_a_read_path_holds_back_nothing(kind: Any) -> None:
+    gate = kind.gate
     assert isinstance(gate, OpenGate)
     assert gate.pending(ROOM) is False
     gate.gone(ROOM, object())
 
 
-def test_each_class_stands_in_for_its_base() -> None:
-    assert len(KV_CLASSES) == 3
-    assert all(issubclass(ours, theirs) for theirs, ours in KV_CLASSES.items())
+def test_a_manager_lends_the_engine_that_it_has_to_the_hop() -> None:
+    engine = types.SimpleNamespace(get_session_id=lambda: "10.0.0.1:12345")
+    transport = mooncake.DualPathMooncakeKVManager.transport(types.SimpleNamespace(engine=engine))  # type: ignore[arg-type]
+    assert isinstance(transport, MooncakeTransport)
+    assert transport.session == "10.0.0.1:12345"
+    agent = types.SimpleNamespace(name="an agent")
+    transport = nixl.DualPathNixlKVManager.transport(types.SimpleNamespace(agent=agent))  # type: ignore[arg-type]
+    assert isinstance(transport, NixlTransport)
+    assert transport.session == "an agent"
 
 
-def test_the_bootstrap_server_has_its_own_routes_and_ours() -> None:
-    server: Any = object.__new__(DualPathMooncakeKVBootstrapServer)
+@pytest.mark.parametrize("backend", ["mooncake", "nixl"])
+def test_each_class_stands_in_for_its_base(backend: str) -> None:
+    classes = kv_classes(backend)
+    assert len(classes) == 3
+    assert all(issubclass(ours, theirs) for theirs, ours in classes.items())
+
+
+@pytest.mark.parametrize("backend", ["fake", "mori", "ascend"])
+def test_other_backends_are_left_alone(backend: str) -> None:
+    assert kv_classes(backend) == {}
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+def test_the_bootstrap_server_has_its_own_routes_and_ours(kind: Any) -> None:
+    server: Any = object.__new__(kind)
     server.app = web.Application()
     server._setup_routes()
     paths = {(route.method, getattr(route.resource, "canonical", None)) for route in server.app.router.routes()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -12,11 +13,17 @@ from benchmarks.testbed.client import Client
 from benchmarks.testbed.cluster import Cluster, ClusterSpec
 from benchmarks.testbed.errors import RequestError
 from benchmarks.testbed.model import identity_mla_model, small_identity_model
-from benchmarks.testbed.servers import ServerSpec, stock_pair
+from benchmarks.testbed.servers import Role, ServerSpec, stock_pair
 from benchmarks.testbed.store import StoreSpec
 from tests.e2e.cover import Model, Row
+from tests.e2e.faulty_store import BACKEND, ROLE_ENV
 from tests.e2e.prompts import NEW_TOKENS, Outputs, Prompts, ask_all, differences, make_prompts
 
+PATCHED = os.environ.get("DUALPATH_PATCHED_SGLANG", "")
+"""Where the copy of SGLang is that `make check-patches` tests against; empty for the installed one."""
+UNHOOKED = (
+    "so DualPath does not hook: hicache-storage-request-handle, register-kv-classes, status-of-a-cleared-room."
+)
 REPOSITORY = Path(__file__).resolve().parents[2]
 MODELS: Mapping[Model, Callable[[Path], Path]] = {"gqa": small_identity_model, "mla": identity_mla_model}
 STORE_BYTES = 1 << 30
@@ -93,7 +100,7 @@ def two_samples(cluster: Cluster, tokens: Sequence[int], wait_s: float = 6.0) ->
 
 
 def log_dir(name: str) -> Path:
-    path = REPOSITORY / "out" / "e2e" / name
+    path = REPOSITORY / "out" / ("e2e-patched" if PATCHED else "e2e") / name
     path.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -121,20 +128,32 @@ def pair(
     switch = PolicySwitch(work / f"policy-{row}")
     settings = {
         **SETTINGS,
+        "transfer_backend": row.transfer,
         # Small chunks: `split` shares what takes longer than one of them, by the rates that it has seen.
         "extra_flags": (*switch.flags, "--dualpath-chunk-bytes", "262144"),
-        "extra_env": switch.environment,
     }
+
+    def server(role: Role, *, hicache: bool) -> ServerSpec:
+        return ServerSpec(
+            role=role,
+            kv_connector="dualpath",
+            hicache=hicache,
+            extra_env={**switch.environment, ROLE_ENV: role},
+            **settings,  # type: ignore[arg-type]
+        )
+
     spec = ClusterSpec(
         model=model_path(row.model),
         # Stock's command lines with HiCache on the prefill server, to which the flag was added and, on the decode
         # server, the storage flags that it asks for.
-        servers=(
-            ServerSpec(role="prefill", kv_connector="dualpath", **settings),  # type: ignore[arg-type]
-            ServerSpec(role="decode", kv_connector="dualpath", hicache=False, **settings),  # type: ignore[arg-type]
+        servers=(server("prefill", hicache=True), server("decode", hicache=False)),
+        store=StoreSpec(
+            kind=row.store, capacity_bytes=STORE_BYTES, extra_config=BACKEND if row.store == "dynamic" else None
         ),
-        store=StoreSpec(kind=row.store, capacity_bytes=STORE_BYTES),
         router=row.router,
     )
     with Cluster(spec, log_dir=log_dir(str(row))) as cluster:
+        for role in ("prefill", "decode"):
+            log = cluster.server_log(role)
+            assert (UNHOOKED in log) == bool(PATCHED), f"{role} does not run the SGLang that is to be tested"
         yield Pair(cluster, switch, row)

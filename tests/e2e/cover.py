@@ -1,4 +1,4 @@
-"""Which combinations of store, router and model the end-to-end tests run.
+"""Which combinations of store, router, model and transfer backend the end-to-end tests run.
 
 `COVER` has every pair of values of any two factors at least once; `DUALPATH_TEST_ALL=1` (``make test-all``) runs the
 full cross instead.
@@ -10,13 +10,15 @@ import itertools
 import os
 from typing import Literal, NamedTuple
 
-Store = Literal["mooncake", "file"]
+Store = Literal["mooncake", "file", "nixl", "dynamic"]
 Router = Literal["gateway", "mini_lb"]
 Model = Literal["gqa", "mla"]
+Transfer = Literal["mooncake", "nixl"]
 
-STORES: tuple[Store, ...] = ("mooncake", "file")
+STORES: tuple[Store, ...] = ("mooncake", "file", "nixl", "dynamic")
 ROUTERS: tuple[Router, ...] = ("gateway", "mini_lb")
 MODELS: tuple[Model, ...] = ("gqa", "mla")
+TRANSFERS: tuple[Transfer, ...] = ("mooncake", "nixl")
 
 
 class Row(NamedTuple):
@@ -25,18 +27,23 @@ class Row(NamedTuple):
     store: Store
     router: Router
     model: Model
+    transfer: Transfer
 
     def __str__(self) -> str:
         return "-".join(self)
 
 
 COVER = (
-    Row("mooncake", "gateway", "gqa"),
-    Row("file", "mini_lb", "gqa"),
-    Row("mooncake", "mini_lb", "mla"),
-    Row("file", "gateway", "mla"),
+    Row("mooncake", "gateway", "gqa", "mooncake"),
+    Row("mooncake", "mini_lb", "mla", "nixl"),
+    Row("file", "gateway", "mla", "nixl"),
+    Row("file", "mini_lb", "gqa", "mooncake"),
+    Row("nixl", "gateway", "gqa", "nixl"),
+    Row("nixl", "mini_lb", "mla", "mooncake"),
+    Row("dynamic", "gateway", "mla", "mooncake"),
+    Row("dynamic", "mini_lb", "gqa", "nixl"),
 )
-FULL = tuple(Row(*values) for values in itertools.product(STORES, ROUTERS, MODELS))
+FULL = tuple(Row(*values) for values in itertools.product(STORES, ROUTERS, MODELS, TRANSFERS))
 
 
 def rows() -> tuple[Row, ...]:

@@ -18,6 +18,9 @@ import torch
 from sglang.srt.mem_cache.hicache_storage import HiCacheFile
 
 ROLE_ENV = "DUALPATH_TEST_ROLE"
+BACKEND = {"backend_name": "faulty", "module_path": "tests.e2e.faulty_store", "class_name": "FaultyStore",
+           "interface_v1": 1}  # fmt: skip
+"""What SGLang is told of it."""
 
 
 class FaultyStore(HiCacheFile):

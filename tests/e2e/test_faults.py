@@ -21,9 +21,9 @@ from benchmarks.testbed.servers import ServerSpec
 from benchmarks.testbed.store import StoreSpec
 from tests.e2e.conftest import REPOSITORY, SETTINGS, log_dir
 from tests.e2e.counters import Counters, count
-from tests.e2e.cover import Model
+from tests.e2e.cover import TRANSFERS, Model
 from tests.e2e.direct import ask_pair
-from tests.e2e.faulty_store import ROLE_ENV
+from tests.e2e.faulty_store import BACKEND, ROLE_ENV
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
@@ -87,8 +87,8 @@ class Faults:
         return int(line.split("control tcp://")[1].split(",")[0].rpartition(":")[2])
 
 
-@pytest.fixture(scope="module")
-def faults(model_path: Callable[[Model], Path]) -> Iterator[Faults]:
+@pytest.fixture(scope="module", params=TRANSFERS)
+def faults(request: pytest.FixtureRequest, model_path: Callable[[Model], Path]) -> Iterator[Faults]:
     flags = (
         "--dualpath-policy", "tests.e2e.policies:Sharing", "--dualpath-chunk-bytes", "524288",
         "--dualpath-hello-silence", str(SILENCE_S), "--dualpath-read-deadline", str(DEADLINE_S),
@@ -101,12 +101,12 @@ def faults(model_path: Callable[[Model], Path]) -> Iterator[Faults]:
             name=name,
             kv_connector=connector,
             hicache=connector is not None or role == "prefill",
+            transfer_backend=request.param,
             extra_flags=flags if connector else (),
             extra_env={ROLE_ENV: role, "PYTHONPATH": str(REPOSITORY), **env},
             **SETTINGS,  # type: ignore[arg-type]
         )
 
-    backend = {"backend_name": "faulty", "module_path": "tests.e2e.faulty_store", "class_name": "FaultyStore"}
     spec = ClusterSpec(
         model=model_path("gqa"),
         servers=[
@@ -114,11 +114,11 @@ def faults(model_path: Callable[[Model], Path]) -> Iterator[Faults]:
             server("decode", "decode"),
             server("decode", "plain", connector=None),
         ],
-        store=StoreSpec(kind="dynamic", extra_config={**backend, "interface_v1": 1}),
+        store=StoreSpec(kind="dynamic", extra_config=BACKEND),
         router=None,
         network=NetworkSpec(snic_bits_per_s=None, cnic_bits_per_s=None),
     )
-    with Cluster(spec, log_dir=log_dir("faults")) as cluster:
+    with Cluster(spec, log_dir=log_dir(f"faults-{request.param}")) as cluster:
         faults = Faults(cluster)
         faults.flush()
         yield faults

@@ -20,10 +20,10 @@ from benchmarks.testbed.store import StoreSpec
 from sglang_dualpath.config import DualPathConfig
 from tests.e2e.conftest import log_dir
 from tests.e2e.counters import Counters, count
-from tests.e2e.cover import Model
+from tests.e2e.cover import TRANSFERS, Model
 from tests.e2e.prompts import Outputs, Prompts, ask, ask_all
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(500)]
 
 REQUESTS = 200
 TIMEOUT_S = 100.0  # of a request; all of them together take some 20 s
@@ -85,33 +85,40 @@ def storms(model_path: Callable[[Model], Path]) -> Mapping[str, Storm]:
     prompts = {f"prompt-{n}": source.choices(range(256), k=source.randrange(700, 1500)) for n in range(24)}
     model = model_path("gqa")
     flags = {"extra_flags": ("--dualpath-chunk-bytes", "262144")}  # so that both sides get a part of such small reads
-    found = {
-        "stock": stock_storm(model, prompts),
-        "ours": storm(dualpath_pair(**SETTINGS, **flags), model, prompts, log_dir("waits")),
-    }
+    found = {"stock": stock_storm(model, prompts)}
+    for transfer in TRANSFERS:
+        servers = dualpath_pair(**SETTINGS, **flags, transfer_backend=transfer)
+        found[transfer] = storm(servers, model, prompts, log_dir(f"waits-{transfer}"))
     names = ("stall_s", "first_s", "total_s")
     seconds = {system: {name: getattr(one, name) for name in names} for system, one in found.items()}
-    (log_dir("waits") / "stalls.json").write_text(json.dumps(seconds))
+    (log_dir("waits-stock") / "stalls.json").write_text(json.dumps(seconds))
     return found
 
 
-def test_all_end_with_the_outputs_of_stock(storms: Mapping[str, Storm]) -> None:
-    assert (storms["stock"].wrong, storms["ours"].wrong) == (0, 0)
-    assert storms["ours"].outputs == storms["stock"].outputs
+@pytest.fixture(params=TRANSFERS)
+def ours(storms: Mapping[str, Storm], request: pytest.FixtureRequest) -> Storm:
+    return storms[request.param]
 
 
-def test_both_engines_read_though_prefetches_must_wait_for_room(storms: Mapping[str, Storm]) -> None:
-    seen = storms["ours"].counted
+def test_all_end_with_the_outputs_of_stock(storms: Mapping[str, Storm], ours: Storm) -> None:
+    assert (storms["stock"].wrong, ours.wrong) == (0, 0)
+    assert ours.outputs == storms["stock"].outputs
+
+
+def test_both_engines_read_though_prefetches_must_wait_for_room(ours: Storm) -> None:
+    seen = ours.counted
     for role in ("prefill", "decode"):
         assert seen.total("read_bytes_total", role) > 0
         assert seen.total("parked_total", server=role) > 0, f"the pools of the {role} server were large enough"
 
 
-def test_nothing_stands_still_for_longer_than_a_lease_more_than_in_stock(storms: Mapping[str, Storm]) -> None:
-    assert storms["ours"].stall_s <= storms["stock"].stall_s + DualPathConfig().lease_s
+def test_nothing_stands_still_for_longer_than_a_lease_more_than_in_stock(
+    storms: Mapping[str, Storm], ours: Storm
+) -> None:
+    assert ours.stall_s <= storms["stock"].stall_s + DualPathConfig().lease_s
 
 
-def test_no_wait_ended_by_its_deadline(storms: Mapping[str, Storm]) -> None:
+def test_no_wait_ended_by_its_deadline(ours: Storm) -> None:
     # Not among them: "no_hello". With `split` the prefill engine reads without news, and shares what is left later.
     for reason in ("read_deadline", "prefill_silent", "decode_silent"):
-        assert storms["ours"].counted.total("fallbacks_total", reason) == 0
+        assert ours.counted.total("fallbacks_total", reason) == 0

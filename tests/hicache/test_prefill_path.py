@@ -46,13 +46,26 @@ def test_a_read_begins_where_its_operation_does() -> None:
 def test_a_request_that_asks_again_while_its_prefetch_goes_on_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     node = PrefillNode()
     operation: Any = node.operation(2, 3)
-    operation.all_hash_values, operation.pool_transfers = hashes(2, 8), None
     tree: Any = object.__new__(DualPathPrefillTree)
     tree._dualpath, tree.ongoing_prefetch = node.path, {HANDLE: operation}
     monkeypatch.setattr(UnifiedRadixCache, "prefetch_from_storage", lambda *args, **kwargs: None)
     tree.prefetch_from_storage(HANDLE, None, [0] * 20, matched_prefix_tokens=[0] * (5 * PAGE_TOKENS))
     monkeypatch.setattr(node.reads, "held_pages", lambda handle, reached, possible: 6)
-    assert node.path.extend_hit(operation, hashes(2, 3)) == hashes(2, 6)
+    assert node.path.extend_hit(HANDLE, hashes(2, 8), stored=1) == 4
+
+
+def test_a_hit_that_goes_on_in_the_memory_of_a_decode_engine_is_in_storage_as_far_as_that_has_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    node = PrefillNode()
+    operation = node.operation(2, 6)
+    monkeypatch.setattr(node.reads, "held_pages", lambda handle, reached, possible: 6)
+    assert node.path.extend_hit(HANDLE, hashes(2, 8), stored=1) == 4
+    prefetch = node.path.allocated(operation)
+    assert (prefetch.pages, prefetch.stored_pages) == (4, 1)
+    node.path.transfer_over(operation)
+    # The next prefetch of this request finds all in storage.
+    assert node.path.allocated(node.operation(0, 3)).stored_pages == 3
 
 
 def test_an_operation_that_ended_before_it_was_asked_for_is_not_opened_any_more() -> None:

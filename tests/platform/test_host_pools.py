@@ -6,6 +6,8 @@ from sglang.srt.mem_cache import device_pool_info
 from sglang.srt.mem_cache.pool_host import base, mha, mla
 from sglang_cpu_platform import host_pools
 
+from sglang_dualpath.reader.pool import HostPages
+
 LAYERS = 3
 PAGE_TOKENS = 4
 DEVICE_TOKENS = 32
@@ -122,6 +124,14 @@ def test_a_page_lies_where_the_storage_descriptors_say():
     page = pool.k_buffer[6]
     assert (key_address, key_bytes) == (page.data_ptr(), page.nbytes)
     assert torch.equal(page, torch.stack([key[tokens_of(2)] for key in keys]))
+
+
+@pytest.mark.parametrize("layout", ["page_first", "page_first_direct"])
+@pytest.mark.parametrize("make_pool", [mha_pool, mla_pool])
+def test_what_transfer_engines_are_given_of_a_pool_is_its_memory_to_the_byte(make_pool, layout):
+    pool, _ = make_pool(layout)
+    regions = HostPages(pool, PAGE_TOKENS).geometry.regions()
+    assert regions == [(pool.kv_buffer.data_ptr(), pool.kv_buffer.nbytes)]
 
 
 def test_pools_are_not_pinned():

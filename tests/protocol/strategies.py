@@ -32,6 +32,8 @@ def values(kind: types.Type) -> st.SearchStrategy[Any]:
             )
         case types.StrType():
             return st.text(min_size=kind.min_length or 0, max_size=kind.max_length)
+        case types.BytesType():
+            return st.binary(min_size=kind.min_length or 0, max_size=min(kind.max_length or 0, 64))
         case types.EnumType(cls=members):
             return st.sampled_from(list(members))
         case types.VarTupleType(item_type=item):
@@ -88,6 +90,9 @@ def outside(kind: types.Type) -> list[object]:
             assert longest is not None
             wrong: list[object] = ["x" * (longest + 1), b"bytes", 1, None]
             return wrong + (["", "two words", "line\n", "\u00e9"] if kind.pattern else [])
+        case types.BytesType(max_length=longest):
+            assert longest is not None
+            return [b"x" * (longest + 1), "text", 1, [1], None]
         case types.VarTupleType(item_type=item, max_length=longest):
             assert longest is not None
             wrong = [[value] for value in outside(item)]
@@ -108,7 +113,8 @@ def example(struct: type[msgspec.Struct]) -> Any:
         "room": 7, "attempt": 1, "version": protocol.PROTOCOL_VERSION, "package": "0.1.0", "rank": 0,
         "engine": "decode-host-1-ff", "page_tokens": 64, "page_bytes": 8192, "plane_bytes": (4096, 4096), "tp_size": 1,
         "match_pages": 8, "held_end_page": 4, "first_page": 2, "end_page": 9, "storage_end_page": 8, "end_hash": "ab",
-        "target": protocol.Target(session="host:1", planes=(plane, plane), slots=1000), "lease_s": 1.0,
+        "target": protocol.Target(session="host:1", planes=(plane, plane), slots=1000, metadata=b"\x00\xff"),
+        "session": "host:1", "lease_s": 1.0,
         "chunk_pages": 4, "limit_pages": None, "request_id": 3, "claim_id": 5, "max_pages": 4, "slots": (4, 5, 9),
         "memory": False, "retry": True, "good_pages": 3, "read_bytes": 1, "pushed_bytes": 2, "kept_pages": 6,
         "reason": protocol.NoOfferReason.NO_HITS if struct is protocol.NoOffer else "because",

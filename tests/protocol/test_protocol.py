@@ -15,6 +15,7 @@ from sglang_dualpath import protocol
 from sglang_dualpath.protocol import (
     MAX_GRANT_PAGES,
     MAX_MESSAGE_BYTES,
+    MAX_METADATA_BYTES,
     PROTOCOL_VERSION,
     Bye,
     Fail,
@@ -172,6 +173,21 @@ def test_the_largest_grant_fits_into_a_message() -> None:
         memory=True, lease_s=1.0,
     )  # fmt: skip
     assert len(encode(grant)) < MAX_MESSAGE_BYTES / 10
+
+
+def test_the_largest_offer_fits_into_a_message() -> None:
+    plane = Plane(base=2**62, stride_bytes=2**24, page_bytes=2**24)
+    target = Target(session="s" * 256, planes=(plane,) * 8, slots=2**31, metadata=bytes(MAX_METADATA_BYTES))
+    offer = msgspec.structs.replace(example(Offer), target=target, end_hash="h" * 128, engine="e" * 128)
+    assert len(encode(offer)) < MAX_MESSAGE_BYTES / 3
+
+
+def test_metadata_is_bytes_and_may_be_left_out() -> None:
+    known = wire(example(Offer))
+    del known["target"]["metadata"]
+    offer = decode(msgspec.msgpack.encode(known))
+    assert isinstance(offer, Offer)
+    assert offer.target.metadata == b""
 
 
 def test_encode_refuses_what_the_peer_would_refuse() -> None:

@@ -170,7 +170,10 @@ class PrefillEngine(Engine):
         super().__init__(cluster, name, slots, config)
         self.reserve = Reserve(self.pool.alloc(reserve))
         self.reads = PrefillReads(config=config, pages=self.pool.pages, reserve=self.reserve)
-        self.desk = OfferDesk(self.reads, policy=load_policy(policy), engine=name, session=name, send=self._send)
+        about = self.hop.metadata
+        self.desk = OfferDesk(
+            self.reads, policy=load_policy(policy), engine=name, session=name, metadata=about, send=self._send
+        )
         cluster.wire.join(name, lambda sender, message: self.desk.handle(sender.encode(), message), self._tick)
         self.own = OwnReaders(self.reads, count=readers, limit=self.limit)
         self.io = PrefetchThread(self.reads, self.pool, lambda job: None)
@@ -362,6 +365,7 @@ class Cluster:
         for engine in (*self.prefills, *self.decodes):
             assert not engine.io.errors, engine.io.errors
             assert not engine.pool.violations
+            assert not engine.hop.strangers
         assert not self.wire.errors, self.wire.errors
 
     def close(self) -> None:

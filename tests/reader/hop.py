@@ -7,8 +7,13 @@ import time
 from collections.abc import Callable, Sequence
 
 from sglang_dualpath.errors import TransferError
-from sglang_dualpath.transfer import Descriptor
+from sglang_dualpath.transfer import Descriptor, Peer, PoolGeometry, push_plan
 from tests.reader.host import PLANE_BYTES, Slots
+
+
+def introduction(session: str) -> bytes:
+    """What a transfer engine must know of this session."""
+    return f"metadata of {session}".encode()
 
 
 class Hop:
@@ -18,11 +23,15 @@ class Hop:
 
     def __init__(self, session: str, pool: Slots, sessions: dict[str, Slots]) -> None:
         self.session = session
+        self.metadata = introduction(session)
         self.gate = threading.Event()
         self.gate.set()
         self.latency_s = 0.0
         self.fault: Callable[[str], None] = lambda session: None
         self.late_write_s: float | None = None
+        self.over: Callable[[], bool] = lambda: True
+        self.strangers: list[Peer] = []
+        """Peers that were pushed to without knowing what they say of themselves."""
         self.pushes = 0
         self.in_flight = 0
         self.written: set[tuple[str, int]] = set()
@@ -31,10 +40,14 @@ class Hop:
         self._sessions = sessions
         sessions[session] = pool
 
-    def register(self, regions: Sequence[tuple[int, int]]) -> None:
+    def register(self, pool: PoolGeometry) -> None:
         pass
 
-    def push(self, session: str, descriptors: Sequence[Descriptor]) -> None:
+    def push(self, peer: Peer, source_slots: Sequence[int], target_slots: Sequence[int]) -> None:
+        session = peer.session
+        if peer.metadata != introduction(session):
+            self.strangers.append(peer)
+        descriptors = push_plan(self._pool.pages.geometry, source_slots, peer.pool, target_slots)
         self.in_flight += 1
         self.pushes += 1
         try:
@@ -43,7 +56,7 @@ class Hop:
                 timer = threading.Timer(self.late_write_s, self._write, (session, descriptors))
                 timer.daemon = True
                 timer.start()
-                raise TransferError("timed out")
+                raise TransferError("timed out", over=self.over)
             time.sleep(self.latency_s)
             self.fault(session)
             self._write(session, descriptors[: len(descriptors) // 2])

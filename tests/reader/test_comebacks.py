@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from sglang_dualpath.errors import TransferError
-from sglang_dualpath.protocol import Hello
+from sglang_dualpath.protocol import Claim, Hello
 from tests.reader.cluster import CONFIG, Cluster, shared_read, wait_for
 
 
@@ -27,14 +27,15 @@ def before_decode_reads(cluster: Cluster, do: Callable[[list[str]], None]) -> No
 
 @pytest.mark.parametrize("policy", ["split", "decode"])
 def test_a_decode_engine_whose_lease_ran_out_comes_back(cluster: Cluster, policy: str) -> None:
-    # Slow enough that a freeze of twice a lease leaves work for later.
     cluster.storage.latency_s = 0.03
     prefill, decode, job = shared_read(cluster, pages=120, policy=policy)
     wait_for(lambda: decode.hop.pushes >= 2)
     decode.freeze()
+    cluster.storage.latency_s = 0.3  # however long the freeze takes, it leaves work for later
     wait_for(lambda: prefill.reserve.quarantined, "lease over")
     time.sleep(CONFIG.lease_s)
     before = decode.hop.pushes
+    cluster.storage.latency_s = 0.03
     decode.thaw()
     assert job.result() == 120
     job.check()
@@ -134,6 +135,39 @@ def test_a_hanging_push_does_not_hold_up_other_requests(cluster: Cluster) -> Non
     for job in jobs:
         assert job.result() == 40
         job.check()
+    cluster.check()
+
+
+def test_nothing_is_claimed_where_a_push_still_hangs_that_has_failed(cluster: Cluster) -> None:
+    prefill, decode = cluster.prefill(), cluster.decode()
+    prompts = [cluster.stored(f"p{room}", 40) for room in (1, 2, 3)]
+    cluster.storage.latency_s = 0.01
+    ended: list[bool] = []
+
+    def hang(session: str) -> None:
+        raise TransferError(f"not ended a push to {session} in 30 s", over=lambda: bool(ended))
+
+    decode.hop.fault = hang
+
+    def answered(room: int) -> None:
+        decode.request(room, prompts[room - 1], prefill.name)
+        wait_for(lambda: len(cluster.wire.sent(Hello)) == room)
+        job = prefill.request(room, prompts[room - 1])
+        assert job.result() == 40
+        job.check()
+        decode.settle(room)
+
+    answered(1)
+    pushed = decode.hop.pushes
+    answered(2)
+    assert decode.hop.pushes == pushed
+    assert cluster.fallbacks("push_hangs") == 1
+    assert not [claim for claim in cluster.wire.sent(Claim) if claim.room == 2]
+    decode.hop.fault = lambda session: None
+    ended.append(True)
+    wait_for(lambda: prefill.reserve.quarantined == 0)
+    answered(3)
+    assert decode.hop.pushes > pushed
     cluster.check()
 
 

@@ -7,7 +7,7 @@ import time
 import msgspec
 import pytest
 
-from sglang_dualpath.errors import TransferError
+from sglang_dualpath.errors import NotPushedError, TransferError
 from sglang_dualpath.protocol import Cancelled, Done, Fail, Grant, NoOffer, Settled
 from tests.reader.cluster import CONFIG, Cluster, prompt, shared_read, wait_for
 
@@ -98,6 +98,40 @@ def test_a_failed_push_whose_bytes_come_later_harms_nobody(cluster: Cluster) -> 
     wait_for(lambda: prefill.reserve.quarantined == 0, "quarantine ended")
     assert decode.hop.written
     assert cluster.wire.sent(Fail)
+    job.check()
+    cluster.check()
+
+
+def test_the_word_on_a_push_that_cannot_be_called_back_waits_until_it_has_ended(cluster: Cluster) -> None:
+    prefill, decode = cluster.prefill(policy="decode"), cluster.decode()
+    hashes = cluster.stored("a", PAGES)
+    ended: list[bool] = []
+    # It is far longer on its way than any time that could be known beforehand.
+    decode.hop.late_write_s, decode.hop.drain_s, decode.hop.over = 1.0, 0.05, lambda: bool(ended)
+    job = cluster.request(hashes)
+    assert job.result() == PAGES
+    decode.settle(1)
+    wait_for(lambda: decode.hop.written)
+    assert prefill.reserve.quarantined
+    assert not cluster.wire.sent(Fail)
+    ended.append(True)
+    wait_for(lambda: prefill.reserve.quarantined == 0, "quarantine ended")
+    assert cluster.wire.sent(Fail)
+    job.check()
+    cluster.check()
+
+
+def test_the_word_on_a_push_that_never_began_is_said_at_once(cluster: Cluster) -> None:
+    def refuse(session: str) -> None:
+        raise NotPushedError("an earlier push has not ended yet")
+
+    prefill, decode = cluster.prefill(policy="decode"), cluster.decode()
+    decode.hop.fault, decode.hop.drain_s = refuse, 1000.0
+    job = cluster.request(cluster.stored("a", PAGES))
+    assert job.result() == PAGES
+    decode.settle(1)
+    wait_for(lambda: cluster.wire.sent(Fail))
+    wait_for(lambda: prefill.reserve.quarantined == 0)
     job.check()
     cluster.check()
 

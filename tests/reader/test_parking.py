@@ -1,10 +1,12 @@
-"""Reads whose prefetch finds no room in SGLang: each is counted and logged once, however often it is tried again."""
+"""Reads whose prefetch finds no room in SGLang, now or at all: what is counted, and what is pushed all the same."""
 
 from __future__ import annotations
 
 import pytest
 
-from tests.reader.cluster import Cluster, wait_for
+from sglang_dualpath.protocol import Hello
+from sglang_dualpath.reader.hop import HopReader
+from tests.reader.cluster import Cluster, prompt, wait_for
 
 
 def parked(cluster: Cluster, role: str, reason: str) -> float:
@@ -57,3 +59,20 @@ def test_a_read_that_is_parked_again_at_decode_counts_once(cluster: Cluster, cap
     assert parked(cluster, "decode", "host_pool_full") == 0
     assert lines(caplog) == ["DualPath read of room 1 waits (prefetch_rate_limited)."]
     decode.reads.over()
+
+
+def test_what_was_granted_from_memory_is_pushed_although_nothing_is_prefetched(cluster: Cluster) -> None:
+    prefill, decode = cluster.prefill(policy="decode"), cluster.decode()
+    cluster.wire.join(decode.name, decode.reads.handle, lambda: decode.reads.tick(0.0))  # the test is the scheduler
+    decode.carrier.stop()  # a thread that has other work for now
+    hashes = prompt("a", 2)  # one chunk
+    read = decode.request(1, hashes, prefill.name, held=2)
+    wait_for(lambda: cluster.wire.sent(Hello))
+    job = prefill.request(1, hashes, stored=0)  # nobody else has these pages
+    wait_for(lambda: read.granted and not read.memory_left)
+    decode.reads.without_prefetch(read, "below_threshold")
+    decode.carrier = HopReader(decode.reads, decode.hop, count=1, limit=decode.limit)
+    assert job.result() == 2
+    job.check()
+    decode.reads.over()
+    cluster.check()

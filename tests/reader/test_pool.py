@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from sglang_dualpath.errors import UnsupportedError
-from sglang_dualpath.reader.pool import HostPages, PlaneGeometry, push_plan
+from sglang_dualpath.reader.pool import HostPages
 from sglang_dualpath.reader.prefetch import Prefetch, Rate, ReadLimit
-from sglang_dualpath.transfer import Descriptor
 from tests.reader.host import PAGE_TOKENS, PLANE_BYTES, Slots
 
 
@@ -22,7 +21,7 @@ def test_planes_are_measured() -> None:
 
 def test_regions_cover_every_page_once() -> None:
     pool = Slots(5)
-    assert sorted(pool.pages.regions()) == sorted((plane.data_ptr(), plane.numel()) for plane in pool.planes)
+    assert sorted(pool.pages.geometry.regions()) == sorted((plane.data_ptr(), plane.numel()) for plane in pool.planes)
 
 
 class Pieces:
@@ -34,12 +33,6 @@ class Pieces:
 
     def get_page_buffer_meta(self, indices: torch.Tensor) -> tuple[list[int], list[int]]:
         return self.answer
-
-
-def test_planes_side_by_side_are_one_region() -> None:
-    # K and V of a page next to each other, as one layout has it.
-    pool = Pieces(4, [100, 110, 120, 130, 160, 170], [10] * 6)
-    assert HostPages(pool, PAGE_TOKENS).regions() == [(100, 90)]
 
 
 @pytest.mark.parametrize(
@@ -60,24 +53,6 @@ def test_indices_and_slots_are_inverse() -> None:
     pages = Slots(9).pages
     assert pages.slots_of(pages.indices([7, 0, 3])) == [7, 0, 3]
     assert pages.indices([2]).tolist() == [8, 9, 10, 11]
-
-
-def test_a_plan_copies_each_page_of_each_plane_and_joins_neighbours() -> None:
-    ours = [PlaneGeometry(0, 10, 10), PlaneGeometry(1000, 5, 5)]
-    theirs = [PlaneGeometry(5000, 10, 10), PlaneGeometry(7000, 8, 5)]
-    assert push_plan(ours, [1, 2], theirs, [4, 5]) == [
-        Descriptor(10, 5040, 20),
-        Descriptor(1005, 7032, 5),
-        Descriptor(1010, 7040, 5),
-    ]
-
-
-def test_a_plan_needs_equal_pages_and_counts() -> None:
-    plane = [PlaneGeometry(0, 10, 10)]
-    with pytest.raises(ValueError, match="differ"):
-        push_plan(plane, [1], [PlaneGeometry(0, 10, 9)], [1])
-    with pytest.raises(ValueError, match="1 source pages for 2"):
-        push_plan(plane, [1], plane, [1, 2])
 
 
 def test_pages_move_to_other_slots_in_place() -> None:

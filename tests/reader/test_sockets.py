@@ -35,7 +35,7 @@ class Pair:
         self.pools = {name: Slots(128) for name in ("prefill-1", "decode-1")}
         self.transports = {name: MemoryTransport(name) for name in self.pools}
         for name, transport in self.transports.items():
-            transport.register(self.pools[name].pages.regions())
+            transport.register(self.pools[name].pages.geometry)
         pool = self.pools["prefill-1"]
         self.reserve = Reserve(pool.alloc(16))
         self.prefill = PrefillReads(config=CONFIG, pages=pool.pages, reserve=self.reserve)

@@ -51,6 +51,17 @@ def test_the_store_client_binds_the_storage_address(model: Path) -> None:
     assert environment["SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR"] == "/store"
 
 
+@pytest.mark.parametrize(
+    ("place", "device"), [(PREFILL, "compute"), (Place(None, "127.0.0.1", "127.0.0.1", 20001, 20002), "lo")]
+)
+def test_nixl_stays_on_the_compute_network(model: Path, place: Place, device: str) -> None:
+    spec = ServerSpec(role="prefill", transfer_backend="nixl")
+    assert flag(server_command(spec, place, STORE, model), "--disaggregation-transfer-backend") == "nixl"
+    environment = server_environment(spec, place, STORE, {"UCX_TLS": "all", "NIXL_LOG_LEVEL": "TRACE"})
+    assert (environment["UCX_TLS"], environment["UCX_NET_DEVICES"]) == ("tcp", device)
+    assert "UCX_TLS" not in server_environment(ServerSpec(role="prefill"), place, STORE, {"UCX_TLS": "all"})
+
+
 def test_the_dualpath_pair_is_the_stock_pair_plus_one_flag(model: Path) -> None:
     places = (PREFILL, DECODE)
     for ours, stock, place in zip(dualpath_pair(), stock_pair(decode_hicache=True), places, strict=True):

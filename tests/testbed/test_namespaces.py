@@ -14,6 +14,7 @@ import pytest
 from benchmarks.testbed import state as state_module
 from benchmarks.testbed.errors import NetworkError
 from benchmarks.testbed.network import Network, NetworkSpec, NodeSpec, missing_requirement
+from benchmarks.testbed.processes import Processes
 from benchmarks.testbed.state import RunState, clean_up
 
 pytestmark = pytest.mark.skipif(missing_requirement() is not None, reason=missing_requirement() or "")
@@ -121,3 +122,21 @@ def test_the_machine_reaches_a_node_on_the_compute_network_only(network: Network
         assert receiver.wait(timeout=30) == 0
     routes = subprocess.run(["ip", "-4", "route"], capture_output=True, text=True, check=True).stdout
     assert "10.192.0." not in routes
+
+
+def test_a_program_that_looks_for_links_sees_those_of_its_namespace(
+    network: Network, state: RunState, tmp_path: Path
+) -> None:
+    group = Processes(tmp_path, state)
+    node = network.nodes["prefill"]
+    try:
+        script = "ls /sys/class/net; test -e /sys/fs/cgroup/$0 && echo limits; sleep 60"
+        some_file = next(Path("/sys/fs/cgroup").iterdir()).name
+        process = group.start("look", ["sh", "-c", script, some_file], namespace=node.namespace, sees_links=True)
+        deadline_s = time.monotonic() + 10
+        while "limits" not in process.log_path.read_text() and time.monotonic() < deadline_s:
+            time.sleep(0.05)
+        assert process.log_path.read_text().split() == ["compute", "lo", "storage", "limits"]
+    finally:
+        group.close()
+    assert "compute" not in links()

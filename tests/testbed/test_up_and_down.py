@@ -240,7 +240,7 @@ def test_without_root_loopback_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     "options",
     [
         up.UpOptions(),
-        up.UpOptions(2, 3, "none", None, 0, 800, True, "file", 1.5, "mini_lb", "mla", False, 2048, 2.0),
+        up.UpOptions(2, 3, "none", None, "nixl", 0, 800, True, "file", 1.5, "mini_lb", "mla", False, 2048, 2.0),
         up.UpOptions(policy="prefill"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The hop's transports: what they copy, what they refuse, and how descriptors are joined."""
+"""What transports copy without an engine, what they ask of Mooncake's, and how pages become descriptors."""
 
 from __future__ import annotations
 
@@ -10,8 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_dualpath.errors import TransferError
-from sglang_dualpath.transfer import Descriptor, MemoryTransport, Transport, coalesce
+from sglang_dualpath.errors import NotPushedError, TransferError
+from sglang_dualpath.transfer import (
+    Descriptor,
+    MemoryTransport,
+    Peer,
+    PlaneGeometry,
+    PoolGeometry,
+    Transport,
+    coalesce,
+    push_plan,
+)
 from sglang_dualpath.transfer.mooncake import MooncakeTransport
 
 
@@ -24,48 +33,57 @@ def pair() -> Iterator[tuple[MemoryTransport, MemoryTransport]]:
 
 
 class Buffer:
+    """Memory whose pages are of two bytes."""
+
     def __init__(self, text: bytes) -> None:
         self.memory = ctypes.create_string_buffer(text, len(text))
         self.address = ctypes.addressof(self.memory)
+        self.pool = pool(self.address, len(text) // 2)
 
     @property
     def text(self) -> bytes:
         return self.memory.raw
 
 
+def pool(base: int, slots: int, page_bytes: int = 2) -> PoolGeometry:
+    return PoolGeometry((PlaneGeometry(base, page_bytes, page_bytes),), slots)
+
+
 def test_memory_copies_into_what_the_peer_registered(pair: tuple[MemoryTransport, MemoryTransport]) -> None:
     here, there = pair
-    source, target = Buffer(b"0123456789"), Buffer(b"----------")
-    there.register([(target.address, 10)])
-    here.push(
-        "there", [Descriptor(source.address, target.address + 2, 3), Descriptor(source.address + 7, target.address, 1)]
-    )
-    assert target.text == b"7-012-----"
+    source, target = Buffer(b"0011223344"), Buffer(b"----------")
+    here.register(source.pool)
+    there.register(target.pool)
+    here.push(Peer("there", b"", target.pool), [0, 1, 4], [2, 3, 0])
+    assert target.text == b"44--0011--"
 
 
-@pytest.mark.parametrize(("offset", "length"), [(-1, 2), (8, 3), (20, 1)])
-def test_memory_refuses_what_is_not_registered(
-    pair: tuple[MemoryTransport, MemoryTransport], offset: int, length: int
-) -> None:
+@pytest.mark.parametrize("offset", [-2, 10, 100])
+def test_memory_refuses_what_is_not_registered(pair: tuple[MemoryTransport, MemoryTransport], offset: int) -> None:
     here, there = pair
     source, target = Buffer(b"x" * 10), Buffer(b"-" * 32)
-    there.register([(target.address, 10)])
+    here.register(source.pool)
+    there.register(pool(target.address, 5))
     with pytest.raises(TransferError, match="not registered"):
-        here.push("there", [Descriptor(source.address, target.address + offset, length)])
+        here.push(Peer("there", b"", pool(target.address + offset, 5)), [0], [0])
     assert target.text == b"-" * 32
 
 
 def test_memory_refuses_a_session_that_is_not_open(pair: tuple[MemoryTransport, MemoryTransport]) -> None:
     here, there = pair
+    here.register(pool(0, 1))
     there.close()
     there.close()
     with pytest.raises(TransferError, match="'there'"):
-        here.push("there", [])
+        here.push(Peer("there", b"", pool(0, 1)), [], [])
 
 
 def test_memory_refuses_a_session_that_is_open(pair: tuple[MemoryTransport, MemoryTransport]) -> None:
     with pytest.raises(TransferError, match="already open"):
         MemoryTransport("here")
+
+
+# -- Mooncake ----------------------------------------------------------------------------------------------------------
 
 
 class Engine:
@@ -80,7 +98,7 @@ class Engine:
         return "10.0.0.1:12345"
 
     def register(self, address: int, length: int) -> None:
-        if length > 1000:
+        if length > 10_000:
             raise RuntimeError("no memory")
         self.registered[address] = length
 
@@ -95,8 +113,9 @@ class Engine:
 def test_mooncake_registers_and_undoes_it() -> None:
     engine = Engine()
     transport: Transport = MooncakeTransport(engine)
-    transport.register([(100, 10), (200, 20)])
-    assert engine.registered == {100: 10, 200: 20}
+    transport.register(PoolGeometry((PlaneGeometry(100, 10, 10), PlaneGeometry(500, 20, 20)), 3))
+    assert engine.registered == {100: 30, 500: 60}
+    assert (transport.session, transport.metadata) == ("10.0.0.1:12345", b"")
     transport.close()
     transport.close()
     assert not engine.registered
@@ -104,23 +123,28 @@ def test_mooncake_registers_and_undoes_it() -> None:
 
 def test_mooncake_says_what_it_could_not_register() -> None:
     with pytest.raises(TransferError, match="memlock"):
-        MooncakeTransport(Engine()).register([(100, 2000)])
+        MooncakeTransport(Engine()).register(pool(100, 2, 10_000))
 
 
 def test_mooncake_splits_long_batches() -> None:
     engine = Engine()
-    descriptors = [Descriptor(number, number * 2, 1) for number in range(2500)]
-    MooncakeTransport(engine).push("peer", descriptors)
+    transport = MooncakeTransport(engine)
+    transport.register(pool(0, 5000))
+    transport.push(Peer("peer", b"", pool(10_000, 5000)), range(2500), range(0, 5000, 2))
     assert [len(lengths) for *_, lengths in engine.calls] == [1024, 1024, 452]
-    assert [source for _, sources, _, _ in engine.calls for source in sources] == list(range(2500))
+    assert {session for session, *_ in engine.calls} == {"peer"}
+    assert [source for _, sources, _, _ in engine.calls for source in sources] == list(range(0, 5000, 2))
+    assert [target for _, _, targets, _ in engine.calls for target in targets] == list(range(10_000, 20_000, 4))
 
 
 def test_mooncake_reports_a_failed_push_and_that_bytes_may_come_later() -> None:
     engine = Engine()
     engine.status = -1
     transport = MooncakeTransport(engine)
-    with pytest.raises(TransferError, match="-1"):
-        transport.push("peer", [Descriptor(1, 2, 3)])
+    transport.register(pool(0, 2))
+    with pytest.raises(TransferError, match="-1") as caught:
+        transport.push(Peer("peer", b"", pool(0, 2)), [0], [1])
+    assert caught.value.over()
     assert transport.drain_s > 30
 
 
@@ -130,6 +154,33 @@ def test_mooncake_drains_as_long_as_its_own_timeout_asks(
 ) -> None:
     monkeypatch.setenv("MC_TRANSFER_TIMEOUT", timeout)
     assert MooncakeTransport(Engine()).drain_s == drain_s
+
+
+# -- geometry ----------------------------------------------------------------------------------------------------------
+
+
+def test_planes_side_by_side_are_one_region_that_ends_with_their_last_page() -> None:
+    # K and V of a page next to each other: no layout that is served has it so, but geometry allows it.
+    planes = (PlaneGeometry(100, 20, 10), PlaneGeometry(110, 20, 10))
+    assert PoolGeometry(planes, 4).regions() == [(100, 80)]
+    assert PoolGeometry((PlaneGeometry(100, 20, 10), PlaneGeometry(500, 10, 10)), 4).regions() == [(100, 70), (500, 40)]
+
+
+def test_a_plan_copies_each_page_of_each_plane_and_joins_neighbours() -> None:
+    ours = PoolGeometry((PlaneGeometry(0, 10, 10), PlaneGeometry(1000, 5, 5)), 9)
+    theirs = PoolGeometry((PlaneGeometry(5000, 10, 10), PlaneGeometry(7000, 8, 5)), 9)
+    assert push_plan(ours, [1, 2], theirs, [4, 5]) == [
+        Descriptor(10, 5040, 20),
+        Descriptor(1005, 7032, 5),
+        Descriptor(1010, 7040, 5),
+    ]
+
+
+def test_a_plan_needs_equal_pages_and_counts() -> None:
+    with pytest.raises(NotPushedError, match="differ"):
+        push_plan(pool(0, 4, 10), [1], pool(0, 4, 9), [1])
+    with pytest.raises(NotPushedError, match="1 source pages for 2"):
+        push_plan(pool(0, 4), [1], pool(0, 4), [1, 2])
 
 
 @given(

@@ -1,0 +1,120 @@
+"""Hit queries that a read path extends, with and without a store that is told whose they are."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller import HybridCacheController
+
+from sglang_dualpath.compat import native
+from sglang_dualpath.hicache.controller import (
+    DualPathCacheController,
+    HitQueryingCacheController,
+    controller_class,
+)
+
+HASHES = ["a", "b", "c", "d"]
+PAGE_TOKENS = 4
+
+
+class Path:
+    """Two pages more than storage has, for the request "ours"."""
+
+    def extend_hit(self, handle: Any, hashes: list[str], stored: int) -> int:
+        return min(len(hashes), stored + 2) if handle == "ours" else stored
+
+
+class Store:
+    """Has the first page of whatever is asked for, and notes which request asked."""
+
+    def __init__(self) -> None:
+        self.asked_by: list[Any] = []
+
+    def batch_exists(self, keys: list[str], extra_info: Any = None) -> int:
+        self.asked_by.append(getattr(extra_info, "handle", None))
+        return min(1, len(keys))
+
+    def get(self, operation: Any, keys: list[str], indices: Any, extra_info: Any) -> int:
+        del operation, indices
+        self.asked_by.append(getattr(extra_info, "handle", None))
+        return len(keys)
+
+
+def attached(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Store]:
+    """A controller of the kind that fits the installed SGLang, to which a store was attached, twice."""
+    ours, store = controller(controller_class(), Path()), Store()
+
+    def attach(self: Any) -> None:
+        self.storage_backend, self.page_get_func, self.page_set_func = store, store.get, None
+
+    monkeypatch.setattr(HybridCacheController, "attach_storage_backend", attach)
+    ours.attach_storage_backend()
+    vars(store).pop("batch_exists", None)
+    ours.attach_storage_backend()
+    return ours, store
+
+
+def operation_of(handle: str, tokens: int) -> Any:
+    return SimpleNamespace(
+        handle=handle, token_ids=list(range(tokens)), last_hash="", assume_stored=False, prefix_keys=None,
+        pool_transfers=None, pool_storage_result=SimpleNamespace(update_kv_hit_pages=lambda pages: None),
+        hash_value=HASHES,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("handle", "hits"), [("ours", 3), ("other", 1)])
+def test_the_hits_of_a_request_go_on_in_what_a_decode_engine_holds(
+    monkeypatch: pytest.MonkeyPatch, handle: str, hits: int
+) -> None:
+    ours, store = attached(monkeypatch)
+    found, tokens = ours._storage_hit_query(operation_of(handle, 4 * PAGE_TOKENS))
+    assert (len(found), tokens) == (hits, hits * PAGE_TOKENS)
+    assert store.asked_by == [handle if native.has(native.STORAGE_REQUEST_HANDLE) else None]
+
+
+def test_a_store_that_can_be_told_whose_pages_are_read_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, store = attached(monkeypatch)
+    assert ours.read_pages(operation_of("ours", 0), 1, torch.arange(2 * PAGE_TOKENS)) == 2
+    assert store.asked_by == ["ours" if native.has(native.STORAGE_REQUEST_HANDLE) else None]
+
+
+def controller(kind: type, path: Path | None) -> Any:
+    made = object.__new__(kind)
+    made._dualpath, made.page_size = path, PAGE_TOKENS
+    return made
+
+
+@pytest.mark.parametrize(
+    ("handle", "path", "hits"), [("ours", Path(), 3), ("other", Path(), 1), (None, Path(), 1), ("ours", None, 1)]
+)
+def test_a_store_that_is_told_who_asks_finds_more(handle: str | None, path: Path | None, hits: int) -> None:
+    ours = controller(DualPathCacheController, path)
+    assert ours._hits(lambda hashes, extra_info: 1, HASHES, SimpleNamespace(handle=handle)) == hits
+
+
+def test_a_query_about_nobody_s_pages_is_the_store_s() -> None:
+    assert controller(DualPathCacheController, Path())._hits(lambda hashes, extra_info: 1, HASHES, None) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "hits"),
+    [({}, 3), ({"handle": "other"}, 1), ({"assume_stored": True}, 1), ({"pool_transfers": ["more"]}, 1),
+     ({"all_hash_values": []}, 1)],
+)  # fmt: skip
+def test_without_that_the_operation_says_whose_they_are(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], hits: int
+) -> None:
+    monkeypatch.setattr(HybridCacheController, "_storage_hit_query", lambda self, operation: (HASHES[:1], PAGE_TOKENS))
+    operation = SimpleNamespace(handle="ours", all_hash_values=HASHES, assume_stored=False, pool_transfers=None)
+    vars(operation).update(changes)
+    found = controller(HitQueryingCacheController, Path())._storage_hit_query(operation)
+    assert found == (HASHES[:hits], hits * PAGE_TOKENS)
+
+
+def test_without_a_path_the_hits_are_the_store_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HybridCacheController, "_storage_hit_query", lambda self, operation: (HASHES[:1], PAGE_TOKENS))
+    operation = SimpleNamespace(handle="ours", all_hash_values=HASHES, assume_stored=False, pool_transfers=None)
+    assert controller(HitQueryingCacheController, None)._storage_hit_query(operation) == (HASHES[:1], PAGE_TOKENS)
