@@ -125,10 +125,10 @@ def test_one_rank_held_up(pair: Pair, kind: str, delay_s: float, ranks: tuple[st
     assert sum(not right for right, _ in ends) == 0
     assert max(seconds for _, seconds in ends) < DEADLINE_S + 5
     seen = count(cluster).since(before)
-    # Where each message is late, prefill is through with such short reads before decode may claim from storage.
+    # Where each message is late, prefill is through with such short reads before that rank's decode engine may claim.
     assert seen.total("pushed_bytes_total", "decode") > 0, "the decode engines were meant to take part"
     shared = [line for line in cluster.server_log("prefill")[log:].splitlines() if ", split," in line]
-    for number in ("TP0", "TP1"):
+    for number in ("TP0", "TP1") if kind != "control_s" else ():
         assert any(number in line for line in shared), f"{number} shared no read"
     cluster.flush()
     time.sleep(0.5)
