@@ -77,7 +77,7 @@ SEAMS: tuple[Seam, ...] = (
     Seam(_STEPS + "overrides.resolved_view", "argument resolution", "reads arguments", _OFFICIAL, ("server_args",)),
     *_methods(
         _ARGS,
-        "attn_cp_size attn_dp_size dcp_size decoupled_spec_role disable_radix_cache"
+        "attn_cp_size attn_dp_size dcp_size decoupled_spec_role disable_radix_cache dp_size"
         " disaggregation_decode_allocation_policy disaggregation_decode_enable_offload_kvcache"
         " disaggregation_decode_enable_radix_cache"
         " disaggregation_decode_host_receive_threshold disaggregation_ib_device disaggregation_mode"
