@@ -12,7 +12,7 @@ from tests.reader.host import PLANE_BYTES, Slots
 
 
 def introduction(session: str) -> bytes:
-    """What a transfer engine must know of this session."""
+    """What a transfer engine must know of the peer of this name."""
     return f"metadata of {session}".encode()
 
 

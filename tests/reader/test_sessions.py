@@ -17,8 +17,9 @@ def target(session: str, metadata: bytes = b"") -> Target:
     return Target(session=session, planes=PLANES, slots=4, metadata=metadata)
 
 
-def test_metadata_comes_with_the_first_offer_alone(cluster: Cluster) -> None:
-    prefill, decode = cluster.prefill(policy="decode"), cluster.decode()
+def two_requests(cluster: Cluster) -> None:
+    """One after the other, on the only pair."""
+    (prefill,), (decode,) = cluster.prefills, cluster.decodes
     for room in (1, 2):
         hashes = cluster.stored(f"prompt {room}", PAGES)
         decode.request(room, hashes, prefill.name)
@@ -27,6 +28,11 @@ def test_metadata_comes_with_the_first_offer_alone(cluster: Cluster) -> None:
         assert job.result() == PAGES
         job.check()
         decode.settle(room)
+
+
+def test_metadata_comes_with_the_first_offer_alone(cluster: Cluster) -> None:
+    prefill, decode = cluster.prefill(policy="decode"), cluster.decode()
+    two_requests(cluster)
     offers = [message for message in cluster.wire.sent(Offer) if isinstance(message, Offer)]
     assert [offer.target.metadata for offer in offers] == [prefill.hop.metadata, b""]
     assert decode.hop.pushes >= 2
@@ -43,14 +49,8 @@ def test_metadata_comes_again_when_it_was_lost(cluster: Cluster) -> None:
         return False
 
     cluster.wire.lose = lose
-    prefill, decode = cluster.prefill(policy="decode"), cluster.decode()
-    for room in (1, 2):
-        hashes = cluster.stored(f"prompt {room}", PAGES)
-        decode.request(room, hashes, prefill.name)
-        wait_for(lambda room=room: len(cluster.wire.sent(Hello)) == room)
-        job = prefill.request(room, hashes)
-        assert job.result() == PAGES
-        decode.settle(room)
+    _, decode = cluster.prefill(policy="decode"), cluster.decode()
+    two_requests(cluster)
     assert lost
     assert decode.hop.pushes
     cluster.check()
