@@ -67,7 +67,7 @@ def _hop_command(name: str, what: str, *, default_kib: str, default_paths: str) 
         repetitions: Repetitions = 20,
         transport: Annotated[Transport, typer.Option(help="Transfer engine.")] = Transport.MOONCAKE,
         message_kib: Annotated[str, typer.Option(help="Sizes of messages in KiB, separated by commas.")] = default_kib,
-        sample_mib: Annotated[int, typer.Option(min=1, help="MiB that are moved for one sample.")] = 64,
+        sample_mib: Annotated[int, typer.Option(min=1, help="MiB moved for one sample, or 1024 messages.")] = 256,
         paths: Annotated[
             str, typer.Option(help="What to compare, names separated by commas; all if not given.")
         ] = default_paths,

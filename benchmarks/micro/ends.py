@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.micro.errors import BenchmarkError
 from benchmarks.micro.fabrics import fabric
-from benchmarks.micro.pages import PagePool
+from benchmarks.micro.pages import PLANES, PagePool
 from sglang_dualpath.config import DualPathConfig
 from sglang_dualpath.control import ControlClient, ControlServer
 from sglang_dualpath.ledger import Reserve
@@ -223,7 +223,15 @@ class Source:
         size = self._shape.message_bytes
         start_s = time.monotonic()
         for offset in range(0, self._shape.total_bytes, size):
-            self._fabric.write(offset, size)
+            self._fabric.write([offset], size)
+        return time.monotonic() - start_s
+
+    def pieces(self) -> float:
+        """The same with each message in as many pieces, far apart, as a page of this model has."""
+        size, apart = self._shape.message_bytes // PLANES, self._shape.total_bytes // PLANES
+        start_s = time.monotonic()
+        for offset in range(0, apart, size):
+            self._fabric.write([offset + plane * apart for plane in range(PLANES)], size)
         return time.monotonic() - start_s
 
     def push(self, ours: Sequence[int], theirs: Sequence[int]) -> float:

@@ -28,10 +28,10 @@ class Fabric(Protocol):
     def meet(self, base: int, peer: Peer, peer_base: int) -> None:
         """Get ready for writes between the memory at these addresses, registered on either side."""
 
-    def write(self, offset: int, length: int) -> None:
-        """The engine's own blocking write of one contiguous piece, which lies at `offset` on both sides.
+    def write(self, offsets: Sequence[int], length: int) -> None:
+        """The engine's own blocking write, in one call, of pieces that lie at the same `offsets` on both sides.
 
-        `offset` is a multiple of `length`. Raises BenchmarkError when it fails.
+        Each is contiguous, has `length` bytes and begins at a multiple of it. Raises BenchmarkError when it fails.
         """
 
 
@@ -74,9 +74,12 @@ class MooncakeFabric:
     def meet(self, base: int, peer: Peer, peer_base: int) -> None:
         self._session, self._base, self._peer_base = peer.session, base, peer_base
 
-    def write(self, offset: int, length: int) -> None:
+    def write(self, offsets: Sequence[int], length: int) -> None:
         status = self._engine.engine.batch_transfer_sync_write(
-            self._session, [self._base + offset], [self._peer_base + offset], [length]
+            self._session,
+            [self._base + offset for offset in offsets],
+            [self._peer_base + offset for offset in offsets],
+            [length] * len(offsets),
         )
         if status < 0:
             raise BenchmarkError(f"Mooncake reported {status} for a write of {length} bytes.")
@@ -102,15 +105,15 @@ class NixlFabric:
         self._size_bytes = sum(length for _, length in peer.pool.regions())
         self._blocks.clear()
 
-    def write(self, offset: int, length: int) -> None:
+    def write(self, offsets: Sequence[int], length: int) -> None:
         if length not in self._blocks:
             self._blocks[length] = (
                 self._prepare("", self._base, length),
                 self._prepare(self._session, self._peer_base, length),
             )
         ours, theirs = self._blocks[length]
-        index = np.array([offset // length], dtype=np.int32)
-        handle = self.agent.make_prepped_xfer("WRITE", ours, index, theirs, index)
+        indices = np.array([offset // length for offset in offsets], dtype=np.int32)
+        handle = self.agent.make_prepped_xfer("WRITE", ours, indices, theirs, indices)
         state = self.agent.transfer(handle)
         while state == "PROC":
             time.sleep(0)  # as SGLang waits for its own transfers

@@ -15,8 +15,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,11 +41,14 @@ _UNITS_S = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "": 1.0, "m": 60.0}
 _ENDED = frozenset({"nixlRemoteDisconnectError", "nixlBackendError", "nixlCancelledError"})
 # NIXL has to be asked whether a write is done. Where all cores are busy, and NIXL's own threads keep one each busy, who
 # sleeps wakes up as late as a kernel's time slice, some 3 ms, which is more than a chunk takes. So around the time at
-# which a write should be done it is asked without a pause, as SGLang does for all of its own, but never for longer than
-# this before and after; until then there is nothing to ask, and later the pauses grow with the time passed.
+# which a write should be done at the soonest it is asked without a pause, as SGLang does for all of its own: from
+# _EAGER_S before, where there is nothing to ask yet, to as long after, or to that share of the time. Later the pauses
+# grow with the time passed.
 _EAGER_S = 5e-3
+_EAGER_SHARE = 0.25
 _PAUSE_SHARE = 0.05
 _MOST_PAUSE_S = 20e-3
+_FORGETTING = 1.1
 _STRAGGLER_PAUSE_S = 0.05
 # Prefill engines that restarted leave a peer behind each.
 _MAX_PEERS = 256
@@ -116,7 +118,8 @@ class NixlTransport:
         if not source_slots:
             return
         # One push at a time for each peer: one connection carries them, and a failed one takes it down.
-        with self._held(peer.session) as met:
+        met = self._hold(peer.session)
+        try:
             if met.straggler is not None:
                 if not met.straggler.ended:
                     raise NotPushedError(f"an earlier push to {peer.session} has not ended yet")
@@ -129,6 +132,8 @@ class NixlTransport:
             except Exception as fault:
                 raise NotPushedError(f"NIXL cannot write to {peer.session}: {_said(fault)}") from fault
             self._carry(met, peer.session, handle, len(source_slots))
+        finally:
+            met.lock.release()
 
     def _make(self, met: _Met, peer: Peer, ours: _Indices, theirs: _Indices) -> Any:
         """A write that is ready to be posted. Raises whatever NIXL raises."""
@@ -165,22 +170,20 @@ class NixlTransport:
         if state != "DONE":
             self._forget(met)
             raise TransferError(f"NIXL reported {why} for a push to {session}")
-        # One that was held up for long says little of the next one.
-        met.page_s = min(took_s / pages, 2 * met.page_s) if met.page_s else took_s / pages
+        # The least of late, since whoever sleeps until then is not late for the next one. Most are held up by others.
+        met.page_s = min(took_s / pages, _FORGETTING * met.page_s) if met.page_s else took_s / pages
 
     # -- peers ---------------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def _held(self, session: str) -> Iterator[_Met]:
-        """A peer, with its lock held."""
+    def _hold(self, session: str) -> _Met:
+        """A peer, with its lock acquired."""
         while True:
             met = self._met(session)
-            with met.lock:
-                with self._lock:
-                    parted = self._peers.get(session) is not met
-                if not parted:
-                    yield met
-                    return
+            met.lock.acquire()
+            with self._lock:
+                if self._peers.get(session) is met:
+                    return met
+            met.lock.release()  # parted with meanwhile
 
     def _met(self, session: str) -> _Met:
         with self._lock:
@@ -346,7 +349,7 @@ def _pause_s(took_s: float, expected_s: float) -> float:
     """How long to wait before a write is looked at, ``took_s`` after its beginning."""
     if took_s < expected_s - _EAGER_S:
         return min(_MOST_PAUSE_S, expected_s - _EAGER_S - took_s)
-    if took_s < expected_s + _EAGER_S:
+    if took_s < expected_s + max(_EAGER_S, _EAGER_SHARE * expected_s):
         return 0.0
     return min(_MOST_PAUSE_S, _PAUSE_SHARE * took_s)
 
@@ -359,8 +362,9 @@ def _prepared(pool: PoolGeometry) -> npt.NDArray[np.uint64]:
 
 def _indices(pool: PoolGeometry, slots: Sequence[int]) -> _Indices:
     """Positions of ``slots`` among the prepared pages, plane by plane: int32, shape ``(planes * len(slots),)``."""
-    starts = np.arange(len(pool.planes), dtype=np.int64) * pool.slots
-    return (starts[:, None] + np.asarray(slots, dtype=np.int64)[None, :]).ravel().astype(np.int32)
+    starts = range(0, len(pool.planes) * pool.slots, pool.slots)
+    # One step through numpy: a copy of a chunk leaves nothing in the caches, so that each of them takes its time.
+    return np.array([start + slot for start in starts for slot in slots], dtype=np.int32)
 
 
 def _release(handle: Any) -> None:

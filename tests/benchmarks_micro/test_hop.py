@@ -37,6 +37,7 @@ def test_every_path_brings_every_byte_and_is_measured_alternating(transport: str
 def test_messages_of_several_pages_are_joined_where_they_lie_together() -> None:
     assert HopSettings(sample_bytes=64 * MIB).shape(16 * MIB) == Shape(64, MIB, 16, 6 * 16)
     assert HopSettings(sample_bytes=64 * MIB).shape(64 << 10) == Shape(1024, 64 << 10, 1, 6)
+    assert HopSettings(sample_bytes=64 * MIB, sample_messages=16).shape(64 << 10).pages == 16
     assert HopSettings(sample_bytes=MIB).shape(4 * MIB).pages == 8  # two messages at least
 
 
