@@ -15,7 +15,6 @@ from typing import Any
 
 from packaging.version import Version
 
-from sglang_dualpath.compat.seams import SUPPORTED_RELEASE
 from sglang_dualpath.compat.stop import stop_on_error
 from sglang_dualpath.compat.stores import STORES, has_zero_copy, sharing_warnings
 from sglang_dualpath.config import read_config
@@ -156,11 +155,6 @@ def _unsupported(cfg: Any) -> list[Row]:
         (cfg.pp_size > 1, f"--pp-size {cfg.pp_size}", one_reader),
         (cfg.attn_cp_size > 1, f"--attn-cp-size {cfg.attn_cp_size}", one_reader),
         (cfg.dcp_size > 1, f"--dcp-size {cfg.dcp_size}", one_reader),
-        (
-            cfg.dp_size > 1,
-            f"--dp-size {cfg.dp_size}",
-            f"SGLang {SUPPORTED_RELEASE} itself lets decode servers wait for rank 0, whichever rank has a request",
-        ),
         (cfg.enable_kv_cache_sharding, "--enable-kv-cache-sharding", one_reader),
         (cfg.speculative_algorithm is not None, f"--speculative-algorithm {cfg.speculative_algorithm}", more_pools),
         (

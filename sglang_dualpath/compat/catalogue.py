@@ -41,6 +41,7 @@ _PARKING = "a prefetch can be parked and reissued by upstream while the request 
 _LOCKING = "upstream locks the host prefix it promises"
 _WAITING = "a restore short of device memory waits upstream"
 _WITH_OURS = "its user here goes"
+_RANK_OF_A_ROOM = "senders name the rank that the bootstrap server files an engine under"
 
 
 def _attributes(path: str, names: str, what: str, why: str, remove_when: str) -> Iterator[Seam]:
@@ -77,7 +78,7 @@ SEAMS: tuple[Seam, ...] = (
     Seam(_STEPS + "overrides.resolved_view", "argument resolution", "reads arguments", _OFFICIAL, ("server_args",)),
     *_methods(
         _ARGS,
-        "attn_cp_size attn_dp_size dcp_size decoupled_spec_role disable_radix_cache dp_size"
+        "attn_cp_size attn_dp_size dcp_size decoupled_spec_role disable_radix_cache"
         " disaggregation_decode_allocation_policy disaggregation_decode_enable_offload_kvcache"
         " disaggregation_decode_enable_radix_cache"
         " disaggregation_decode_host_receive_threshold disaggregation_ib_device disaggregation_mode"
@@ -227,6 +228,13 @@ SEAMS: tuple[Seam, ...] = (
     Seam(_COMMON + "CommonKVManager", "connector class", "base of our managers", _PLUGGABLE),
     *_attributes(_COMMON + "CommonKVManager", "attn_tp_rank attn_tp_size system_dp_rank", "ranks",
                  "engines of equal rank speak to each other", "never"),
+    Seam(_COMMON + "CommonKVManager", "data-parallel rank",
+         "senders name it to decode servers, and it is 0 on all ranks without attention data parallelism",
+         _RANK_OF_A_ROOM, attribute="attn_dp_rank", native=native.DATA_PARALLEL_RANK_OF_A_ROOM),
+    Seam(_COMMON + "CommonKVManager", "data-parallel ranks", "says whether that is so", _RANK_OF_A_ROOM,
+         attribute="system_dp_size"),
+    Seam(_COMMON + "CommonKVSender._register_prefill_dp_rank", "rank of a room",
+         "looked at: which rank do senders name?", _RANK_OF_A_ROOM),
     Seam(_COMMON + "CommonKVManager", "address", "the control socket binds it", "never", attribute="local_ip"),
     *_attributes(_COMMON + "CommonKVManager", "bootstrap_host bootstrap_port dist_init_addr", "bootstrap server",
                  "endpoints are published there", _PLUGGABLE),

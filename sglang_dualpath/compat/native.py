@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 STORAGE_REQUEST_HANDLE: Final = "hicache-storage-request-handle"
 REGISTER_KV_CLASSES: Final = "register-kv-classes"
 STATUS_OF_A_CLEARED_ROOM: Final = "status-of-a-cleared-room"
+DATA_PARALLEL_RANK_OF_A_ROOM: Final = "data-parallel-rank-of-a-room"
 
 
 def has(name: str) -> bool:
@@ -71,8 +72,21 @@ def _status_of_a_cleared_room() -> bool:
     return True
 
 
+def _data_parallel_rank_of_a_room() -> bool:
+    """Do senders look past the rank in attention data parallelism, which is 0 on all ranks without that?"""
+    try:
+        from sglang.srt.disaggregation.common.conn import CommonKVManager, CommonKVSender
+
+        askers = (CommonKVSender.__init__, CommonKVSender._register_prefill_dp_rank)
+    except (ImportError, AttributeError):
+        return False  # changed beyond what this knows, which the check of seams is for
+    names = [asker.__code__.co_names for asker in askers]
+    return hasattr(CommonKVManager, "dp_rank") and all("dp_rank" in of_one for of_one in names)
+
+
 _LOOKS: Mapping[str, Callable[[], bool]] = {
     STORAGE_REQUEST_HANDLE: _storage_request_handle,
     REGISTER_KV_CLASSES: _register_kv_classes,
     STATUS_OF_A_CLEARED_ROOM: _status_of_a_cleared_room,
+    DATA_PARALLEL_RANK_OF_A_ROOM: _data_parallel_rank_of_a_room,
 }

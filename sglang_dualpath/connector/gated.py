@@ -7,6 +7,7 @@ from typing import Any
 from sglang.srt.disaggregation.base import KVPoll
 from sglang.srt.disaggregation.common.conn import CommonKVBootstrapServer, CommonKVManager, CommonKVReceiver
 
+from sglang_dualpath.compat import native
 from sglang_dualpath.connector.directory import add_routes
 from sglang_dualpath.connector.gate import Gate, OpenGate
 from sglang_dualpath.transfer import Transport
@@ -16,6 +17,17 @@ class GatedKVManager(CommonKVManager):
     """Carries the gate from the scheduler to its receivers, and lends its transfer engine to the hop."""
 
     gate: Gate = OpenGate()
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """As upstream, whose senders tell decode servers which data-parallel rank has a room.
+
+        They name the rank in attention data parallelism. Without that it is 0 on every rank: rooms of the others are
+        failed (``follow_bootstrap_room``) or waited for at rank 0 (every other ``--load-balance-method``). The rank
+        that upstream's bootstrap server files engines under is the right one.
+        """
+        super().__init__(*args, **kwargs)
+        if self.system_dp_size > 1 and not native.has(native.DATA_PARALLEL_RANK_OF_A_ROOM):
+            self.attn_dp_rank = self.system_dp_rank
 
     def transport(self) -> Transport:
         """A new transport over this manager's transfer engine, with nothing registered yet."""

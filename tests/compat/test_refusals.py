@@ -61,7 +61,6 @@ CASES = {
     "context parallel": Case(("--attn-cp-size", "2", "--tp-size", "2"), ("--attn-cp-size 2", ONE_READER)),
     "context parallel alone": Case(("--attn-cp-size", "2"), ("--attn-cp-size 2", ONE_READER)),
     "decode context parallel": Case(("--dcp-size", "2"), ("--dcp-size 2", ONE_READER)),
-    "data parallel": Case(("--dp-size", "2"), ("--dp-size 2", "itself lets decode servers wait for rank 0")),
     "attention data parallel": Case(("--attn-dp-size", "2"), ("--attn-dp-size 2", ONE_READER)),
     "attention data parallel, old spelling": Case(
         ("--dp-size", "2", "--enable-dp-attention"), ("--enable-dp-attention", ONE_READER)
@@ -194,6 +193,7 @@ def test_without_the_flag_none_of_it_is_our_business(forks: ForkServer, argv: Ar
         (("--disaggregation-transfer-backend", "nixl"), "file"),
         (("--hicache-write-policy", "write_through_selective"), "file"),
         (("--tp-size", "2"), "file"),
+        (("--dp-size", "2"), "file"),
     ],
 )
 def test_is_not_refused(forks: ForkServer, argv: Argv, flags: tuple[str, ...], storage: str) -> None:

@@ -1,4 +1,4 @@
-"""SGLang's transfer workers and a room that is cleared while one looks at it."""
+"""SGLang's transfer workers and a room that is cleared while one looks at it; the rank that its senders name."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from sglang.srt.disaggregation.base import KVPoll
+from sglang.srt.disaggregation.common import conn
 from sglang.srt.disaggregation.common.utils import TransferKVChunk
 from sglang.srt.disaggregation.mooncake import MooncakeKVManager
 from sglang.srt.disaggregation.nixl import NixlKVManager
@@ -131,3 +132,80 @@ def test_a_room_that_is_cleared_has_failed_for_mooncake() -> None:
     manager = manager_of(OurMooncakeKVManager, MOST_LOOKS)
     assert manager.check_status(ROOM) == KVPoll.WaitingForInput
     assert manager.check_status(ROOM + NEXT) == KVPoll.Failed
+
+
+def manager_on_rank(
+    monkeypatch: pytest.MonkeyPatch, kind: type, base: type, *, system: tuple[int, int], attention: tuple[int, int]
+) -> Any:
+    """A manager with the data-parallel ranks and sizes that upstream would find, and little else of it."""
+
+    def init(self: Any) -> None:
+        (self.system_dp_rank, self.system_dp_size), (self.attn_dp_rank, self.attn_dp_size) = system, attention
+        self.is_dummy_cp_rank, self.sender_trace_module = False, ""
+        self.request_status, self._staging_outstanding = {}, Counter()
+        self._deferred_ack_targets, self._deferred_ack_poisoned_rooms = {}, set()
+        self.failure_lock, self.failure_records = threading.Lock(), {}
+
+    monkeypatch.setattr(base, "__init__", init)
+    monkeypatch.setattr(conn, "get_observability", lambda: types.SimpleNamespace(enable_trace=False))
+    return kind()
+
+
+def balance(monkeypatch: pytest.MonkeyPatch, method: str) -> list[dict[str, int]]:
+    """Two ranks, with this --load-balance-method; what senders register from now on."""
+    parallel = types.SimpleNamespace(num_dp_ranks=2, load_balance_method=method)
+    monkeypatch.setattr(conn, "get_parallel", lambda: parallel)
+    registered: list[dict[str, int]] = []
+
+    def post(url: str, json: dict[str, int], timeout: float) -> Any:
+        assert url.endswith("/register_dp_rank")
+        registered.append(json)
+        return types.SimpleNamespace(status_code=200)
+
+    monkeypatch.setattr(conn.requests, "post", post)
+    return registered
+
+
+BOTH = pytest.mark.parametrize(
+    ("kind", "base"), [(OurMooncakeKVManager, MooncakeKVManager), (DualPathNixlKVManager, NixlKVManager)]
+)
+RANKS = pytest.mark.parametrize(
+    ("system", "attention", "rank"),
+    [
+        pytest.param((0, 2), (0, 1), 0, id="rank 0"),
+        pytest.param((1, 2), (0, 1), 1, id="rank 1"),
+        pytest.param((0, 1), (1, 2), 1, id="rank 1 of attention data parallelism"),
+    ],
+)
+Of = tuple[int, int]
+"""A rank, and how many there are."""
+
+
+@BOTH
+@RANKS
+def test_senders_register_the_data_parallel_rank_that_has_a_room(
+    monkeypatch: pytest.MonkeyPatch, kind: type, base: type, system: Of, attention: Of, rank: int
+) -> None:
+    registered = balance(monkeypatch, "round_robin")
+    conn.CommonKVSender(manager_on_rank(monkeypatch, kind, base, system=system, attention=attention), "a:1", ROOM)
+    assert registered == [{"bootstrap_room": ROOM, "dp_rank": rank}]
+
+
+@BOTH
+@RANKS
+def test_senders_follow_the_number_of_a_room(
+    monkeypatch: pytest.MonkeyPatch, kind: type, base: type, system: Of, attention: Of, rank: int
+) -> None:
+    registered = balance(monkeypatch, "follow_bootstrap_room")
+    manager = manager_on_rank(monkeypatch, kind, base, system=system, attention=attention)
+    for room in (ROOM, NEXT):
+        conn.CommonKVSender(manager, "a:1", room)
+        assert manager.check_status(room) == (KVPoll.Bootstrapping if room % 2 == rank else KVPoll.Failed)
+    assert registered == []
+
+
+def test_upstream_still_names_rank_0_without_attention_data_parallelism(monkeypatch: pytest.MonkeyPatch) -> None:
+    registered = balance(monkeypatch, "round_robin")
+    manager = manager_on_rank(monkeypatch, NixlKVManager, NixlKVManager, system=(1, 2), attention=(0, 1))
+    conn.CommonKVSender(manager, "a:1", ROOM)
+    assert (registered[0]["dp_rank"] == 1) == native.has(native.DATA_PARALLEL_RANK_OF_A_ROOM)

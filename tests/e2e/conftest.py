@@ -22,7 +22,8 @@ from tests.e2e.prompts import NEW_TOKENS, Outputs, Prompts, ask_all, differences
 PATCHED = os.environ.get("DUALPATH_PATCHED_SGLANG", "")
 """Where the copy of SGLang is that `make check-patches` tests against; empty for the installed one."""
 UNHOOKED = (
-    "so DualPath does not hook: hicache-storage-request-handle, register-kv-classes, status-of-a-cleared-room."
+    "so DualPath does not hook: hicache-storage-request-handle, register-kv-classes, status-of-a-cleared-room, "
+    "data-parallel-rank-of-a-room."
 )
 REPOSITORY = Path(__file__).resolve().parents[2]
 MODELS: Mapping[Model, Callable[[Path], Path]] = {"gqa": small_identity_model, "mla": identity_mla_model}

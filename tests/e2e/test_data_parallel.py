@@ -1,0 +1,76 @@
+"""Servers of two data-parallel ranks each: an engine per rank, and each request's HELLO goes to the one that has it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmarks.testbed.cluster import Cluster, ClusterSpec
+from benchmarks.testbed.servers import Role, ServerSpec
+from benchmarks.testbed.store import StoreSpec
+from tests.e2e.conftest import REPOSITORY, SETTINGS, STORE_BYTES, References, log_dir
+from tests.e2e.counters import count
+from tests.e2e.cover import Model, Row
+from tests.e2e.prompts import Prompts, ask_all, differences
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+ROW = Row("file", "gateway", "gqa", "mooncake", "tp1")
+RANKS = ("DP0", "DP1")
+# By turns, decode servers ask the bootstrap server who has a request; by the room's number, the default, they reckon.
+METHODS = ("round_robin", "follow_bootstrap_room") if os.environ.get("DUALPATH_TEST_ALL") else ("round_robin",)
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def cluster(
+    request: pytest.FixtureRequest, model_path: Callable[[Model], Path], references: References
+) -> Iterator[Cluster]:
+    method: str = request.param
+    references.of(ROW)  # before ours starts: both at once do not fit
+    flags = ("--dualpath-policy", "tests.e2e.policies:Sharing", "--dualpath-chunk-bytes", "262144")
+
+    def server(role: Role, *more: str) -> ServerSpec:
+        return ServerSpec(
+            role=role,
+            kv_connector="dualpath",
+            dp_size=len(RANKS),
+            extra_flags=(*flags, *more),
+            extra_env={"PYTHONPATH": str(REPOSITORY)},
+            **SETTINGS,  # type: ignore[arg-type]
+        )
+
+    spec = ClusterSpec(
+        model=model_path(ROW.model),
+        servers=(server("prefill", "--load-balance-method", method), server("decode")),
+        store=StoreSpec(kind=ROW.store, capacity_bytes=STORE_BYTES),
+        router=ROW.router,
+    )
+    with Cluster(spec, log_dir=log_dir(f"dp-{method}")) as cluster:
+        yield cluster
+
+
+def test_all_ranks_share_reads_and_outputs_are_those_of_stock(
+    cluster: Cluster, prompts: Prompts, references: References
+) -> None:
+    expected = references.of(ROW)
+    some = {name: tokens for name, tokens in prompts.items() if 600 < len(tokens) < 4000}
+    wanted = {name: expected[name] for name in some}
+    assert differences(ask_all(cluster, some), wanted) == {}
+    cluster.flush()
+    before = count(cluster)
+    starts = {role: len(cluster.server_log(role)) for role in ("prefill", "decode")}
+    for _ in range(2):
+        assert differences(ask_all(cluster, some, at_once=4), wanted) == {}
+        cluster.flush()
+    seen = count(cluster).since(before)
+    logs = {role: cluster.server_log(role)[start:].splitlines() for role, start in starts.items()}
+    reads = [line for line in logs["prefill"] if "DualPath read of room" in line]
+    for rank in RANKS:
+        assert any(rank in line and ", split," in line for line in reads), f"no shared read on {rank}"
+        assert any(rank in line for line in logs["decode"]), f"no request on {rank} of the decode server"
+    assert seen.total("read_bytes_total", "decode") > 0
+    for reason in ("prefill_without_dualpath", "prefill_silent"):
+        assert seen.total("fallbacks_total", reason) == 0
