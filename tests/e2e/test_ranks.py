@@ -17,7 +17,7 @@ from benchmarks.testbed.servers import ServerSpec
 from benchmarks.testbed.store import StoreSpec
 from tests.e2e.conftest import REPOSITORY, calm_flags, log_dir
 from tests.e2e.counters import count
-from tests.e2e.cover import Model
+from tests.e2e.cover import Model, Transfer
 from tests.e2e.faulty_store import BACKEND, ROLE_ENV
 from tests.e2e.prompts import Outputs, Prompts, ask, ask_all
 
@@ -62,12 +62,14 @@ class Pair:
 
 
 # With MLA each rank reads whole pages, with GQA its own heads of them; the ranks agree in the same way.
-MODELS = ("gqa", "mla") if os.environ.get("DUALPATH_TEST_ALL") else ("gqa",)
+KINDS: tuple[tuple[Model, Transfer], ...] = (("gqa", "mooncake"), ("mla", "nixl"))
+if not os.environ.get("DUALPATH_TEST_ALL"):
+    KINDS = KINDS[:1]
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=KINDS, ids="-".join)
 def pair(request: pytest.FixtureRequest, model_path: Callable[[Model], Path]) -> Iterator[Pair]:
-    model: Model = request.param
+    model, transfer = request.param
     source = random.Random("ranks")
     prompts = {f"prompt-{n}": source.choices(range(256), k=source.randrange(700, 1500)) for n in range(16)}
     flags = (
@@ -79,6 +81,7 @@ def pair(request: pytest.FixtureRequest, model_path: Callable[[Model], Path]) ->
         return ServerSpec(
             role=role,  # type: ignore[arg-type]
             kv_connector="dualpath",
+            transfer_backend=transfer,
             extra_flags=flags,
             extra_env={
                 ROLE_ENV: role,
@@ -93,7 +96,7 @@ def pair(request: pytest.FixtureRequest, model_path: Callable[[Model], Path]) ->
         servers=(server("prefill"), server("decode")),
         store=StoreSpec(kind="dynamic", extra_config=BACKEND),
     )
-    with Cluster(spec, log_dir=log_dir(f"ranks-{model}")) as cluster:
+    with Cluster(spec, log_dir=log_dir(f"ranks-{model}-{transfer}")) as cluster:
         yield Pair(cluster, prompts)
 
 
