@@ -17,7 +17,8 @@ _FILE_ENV = "DUALPATH_SWITCHED_POLICY_FILE"
 class PolicySwitch:
     """The file that names the policy, and what servers are started with to follow it.
 
-    What a policy needs is asked for once, when a server starts: the first one should need the decode engine.
+    Whether hit queries wait for what the decode engine holds is asked for once, when a server starts, so the first one
+    should need the decode engine; all else is asked for with each read.
     """
 
     def __init__(self, file: Path, first: str = "split") -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from pathlib import Path
+
+from tests.e2e.cover import APART, COVER, FULL, Row
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -16,3 +19,10 @@ def test_the_table_in_the_readme_is_up_to_date() -> None:
     spec.loader.exec_module(script)
     readme = (ROOT / "README.md").read_text()
     assert script.in_readme(readme) == script.table(), "run python scripts/support_table.py --write"
+
+
+def test_the_rows_that_ci_runs_have_every_pair_of_values() -> None:
+    assert set(COVER) <= set(FULL)
+    for first, second in itertools.combinations(range(len(Row._fields)), 2):
+        if (Row._fields[first], Row._fields[second]) != APART:
+            assert {(row[first], row[second]) for row in COVER} == {(row[first], row[second]) for row in FULL}

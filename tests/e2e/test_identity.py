@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 
 import pytest
@@ -10,7 +9,7 @@ import pytest
 from benchmarks.testbed.metrics import metric_sum
 from tests.e2e.conftest import Pair, References, kind_of, two_samples
 from tests.e2e.counters import count
-from tests.e2e.cover import APART, FULL, Row, rows
+from tests.e2e.cover import rows
 from tests.e2e.prompts import NEW_TOKENS, PAGE, Outputs, Prompts, ask, ask_all, differences
 
 pytestmark = [
@@ -189,12 +188,3 @@ def test_metrics_of_sglang_s_main_process_are_shown(split: Pair, prompts: Prompt
     before = counted()
     ask(cluster, tokens)
     assert [now - then for now, then in zip(counted(), before, strict=True)] == [len(tokens)] * len(cluster.names)
-
-
-def test_rows_cover_every_pair_of_values(pair: Pair) -> None:
-    chosen: set[Row] = set(rows())
-    for first, second in itertools.combinations(range(len(Row._fields)), 2):
-        if (Row._fields[first], Row._fields[second]) == APART:
-            continue
-        possible = len({row[first] for row in FULL}) * len({row[second] for row in FULL})
-        assert len({(row[first], row[second]) for row in chosen}) == possible
