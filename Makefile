@@ -4,6 +4,9 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# `make test-gpu` runs in an environment that has SGLang already, with nothing added but this package.
+GPU_PYTHON ?= python3
+GPU_ARGS ?=
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 # What must be covered by unit tests alone: the parts without I/O, where every line can be reached.
@@ -12,12 +15,13 @@ COVERAGE_PERCENT := 95
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo lint unit checks e2e check-patches smoke test test-all clean distclean
+.PHONY: help setup demo lint unit checks e2e check-patches smoke test test-all test-gpu clean distclean
 
 help:
 	@echo "make demo      both load paths on this machine, compared with stock SGLang token by token"
 	@echo "make test      lint, types, layers, unit tests, end-to-end tests, patches/"
 	@echo "make test-all  the same, end-to-end tests over the full cross of settings"
+	@echo "make test-gpu  lists and runs what only a CUDA machine can show, with \$$(GPU_PYTHON), which has SGLang and this package"
 	@echo "make smoke     the benchmark on a few short contexts: does it run, are its bytes right?"
 	@echo "make check-patches   patches/ on a copy of the installed SGLang, and tests against it"
 	@echo "make lint      lint, types and layers alone"
@@ -72,6 +76,10 @@ smoke: $(STAMP)
 
 test-all: export DUALPATH_TEST_ALL := 1
 test-all: checks e2e check-patches
+
+# Not in $(VENV): on a GPU machine SGLang is there.
+test-gpu:
+	@$(GPU_PYTHON) -m tests.gpu $(GPU_ARGS)
 
 clean:
 	rm -rf out build dist .coverage .coverage.* htmlcov .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache

@@ -40,14 +40,16 @@ from benchmarks.testbed.store import (
 
 STORE_NODE = "store"
 ROUTER_MEMORY_BYTES = 300 << 20
-# Twice for one server and once for each further one: they load at once, and share a small machine's cores for it.
-_SERVER_DEADLINE_S = 75.0
 _ROUTER_DEADLINE_S = 60.0
 
 
 @dataclass(frozen=True)
 class ClusterSpec:
-    """What to bring up. `network` None is loopback; `router` None leaves the router out; `store` None the storage."""
+    """What to bring up. `network` None is loopback; `router` None leaves the router out; `store` None the storage.
+
+    Servers have `server_start_s` twice for one of them and once for each further one: they load at once, and share a
+    small machine's cores for it.
+    """
 
     model: Path
     servers: Sequence[ServerSpec]
@@ -55,6 +57,7 @@ class ClusterSpec:
     router: RouterKind | None = "gateway"
     network: NetworkSpec | None = None
     request_timeout_s: float = 240.0
+    server_start_s: float = 75.0
 
     def memory_bytes(self) -> dict[str, int]:
         """Expected memory by part, for a budget that is shown before anything starts."""
@@ -314,7 +317,7 @@ class Cluster:
             return not left
 
         processes = [self.processes[name] for name in names]
-        deadline_s = _SERVER_DEADLINE_S * (1 + len(names))
+        deadline_s = self.spec.server_start_s * (1 + len(names))
         wait_until(all_ready, processes, what=f"{', '.join(names)} ready", deadline_s=deadline_s)
         for name in names:
             if name in self.clients:  # of the process that was there before a restart

@@ -53,6 +53,14 @@ def identity_mla_model(directory: Path) -> Path:
     return _made(directory / "mla-float32-2k", kind="mla", dtype="float32", layers=4, kv_heads=1, head_width=128)
 
 
+def cuda_identity_model(directory: Path) -> Path:
+    """A bf16 GQA model for tests of outputs on CUDA: 4 layers x 2 x 8 KV heads x 64 x 2 bytes = 8 KB a token.
+
+    Rows of 8 x 64 x 2 = 1 KB in each layer are a multiple of the 128 bytes that SGLang's copy kernels move at a time.
+    """
+    return _made(directory / "gqa-bfloat16-8k", kind="gqa", dtype="bfloat16", layers=4, kv_heads=8, head_width=64)
+
+
 def speed_model(directory: Path) -> Path:
     """The bf16 model of the fixed setting: 8 layers x 2 x 8 KV heads x 64 x 2 bytes = 16 KB of KV per token.
 

@@ -1,4 +1,4 @@
-"""Command lines and environments of prefill and decode servers on the CPU platform."""
+"""Command lines and environments of prefill and decode servers, on the CPU platform or on a CUDA device."""
 
 from __future__ import annotations
 
@@ -16,9 +16,43 @@ from benchmarks.testbed.store import MOONCAKE_ENVIRONMENT, Store
 
 Role = Literal["prefill", "decode"]
 TransferBackend = Literal["mooncake", "nixl"]
+Device = Literal["cpu", "cuda"]
 
 SERVER_MEMORY_BYTES = 5 << 29  # private memory of one server's three processes without its pools
 RANK_MEMORY_BYTES = 1 << 30  # of each further scheduler process
+
+_DEVICE_FLAGS: Mapping[Device, tuple[str, ...]] = {
+    "cpu": (
+        "--disable-overlap-schedule",
+        "--sleep-on-idle",  # an idle scheduler otherwise spins and starves the other servers' threads
+    ),
+    # Scheduling is left as it is deployed: overlapped, with CUDA graphs. Memory too: servers that share a device take
+    # no more of it for their pools than --max-total-tokens says, whatever fraction SGLang would allow them.
+    "cuda": (
+        # In bf16 an output depends on the order in which numbers are added up, and that on what else is in the batch
+        # and on how much of the prompt was cached. Not so with this, which is SGLang's own answer to it.
+        "--enable-deterministic-inference",
+        # Of the attention backends that keep this promise and the radix cache (fa3, fa4, triton), the one that runs on
+        # every CUDA architecture. It tiles keys by their position in the prompt, and asks for no page size of its own.
+        "--attention-backend", "triton",
+        "--max-running-requests", "16",  # bounds the CUDA graphs that are captured at start
+    ),
+}  # fmt: skip
+_HOST_FLAGS: Mapping[Device, tuple[str, ...]] = {
+    "cpu": ("--hicache-io-backend", "direct", "--hicache-mem-layout", "page_first_direct"),
+    "cuda": ("--hicache-io-backend", "kernel", "--hicache-mem-layout", "page_first"),
+}
+_DEVICE_ENVIRONMENT: Mapping[Device, Mapping[str, str]] = {
+    "cpu": {
+        "SGLANG_PLATFORM": "dualpath_cpu",
+        "OMP_NUM_THREADS": "1",
+        # SGLang compiles small functions at their first call: 15 s of two cores, for nothing with a tiny model.
+        "TORCHDYNAMO_DISABLE": "1",
+        # Pools of known size on a machine that holds several servers: SGLang would keep 10 GiB free for each.
+        "SGLANG_CPU_PLATFORM_HOST_RESERVE_BYTES": str(1 << 30),
+    },
+    "cuda": {},
+}
 
 
 @dataclass(frozen=True)
@@ -30,6 +64,7 @@ class ServerSpec:
     A decode server with `kv_connector` and without `hicache` is given the store's flags alone: the command line of a
     deployment with HiCache on its prefill servers, to which the flag was added.
     `tp_size` ranks share each request, and each of `dp_size` such groups has requests of its own.
+    On a `device` "cuda" pages are copied by kernels (layout `page_first`), on "cpu" directly (`page_first_direct`).
     `extra_flags` come last and win over the flags made here; `extra_env` likewise.
     """
 
@@ -42,6 +77,7 @@ class ServerSpec:
     max_total_tokens: int = 24_000
     hicache_ratio: float = 1.5
     transfer_backend: TransferBackend = "mooncake"
+    device: Device = "cpu"
     chunked_prefill_tokens: int = 8192
     log_level: str = "info"
     extra_flags: tuple[str, ...] = ()
@@ -112,15 +148,14 @@ def server_command(spec: ServerSpec, place: Place, store: Store | None, model: P
         "--dtype", element_type(model),  # `auto` would run an fp32 model in bf16
         "--host", place.compute_address,
         "--port", str(place.port),
-        "--device", "cpu",
+        "--device", spec.device,
         "--page-size", str(PAGE_TOKENS),
         "--max-total-tokens", str(spec.max_total_tokens),
         "--chunked-prefill-size", str(spec.chunked_prefill_tokens),
         "--disaggregation-mode", spec.role,
         "--disaggregation-transfer-backend", spec.transfer_backend,
         "--disaggregation-bootstrap-port", str(place.bootstrap_port),
-        "--disable-overlap-schedule",
-        "--sleep-on-idle",  # an idle scheduler otherwise spins and starves the other servers' threads
+        *_DEVICE_FLAGS[spec.device],
         "--enable-metrics",
         "--enable-cache-report",
         "--log-level", spec.log_level,
@@ -131,15 +166,14 @@ def server_command(spec: ServerSpec, place: Place, store: Store | None, model: P
         command += [
             "--enable-hierarchical-cache",
             "--hicache-ratio", str(spec.hicache_ratio),
-            "--hicache-io-backend", "direct",
-            "--hicache-mem-layout", "page_first_direct",
+            *_HOST_FLAGS[spec.device],
             "--hicache-write-policy", "write_through",
             "--hicache-storage-prefetch-policy", "wait_complete",
             *(store.flags if store else ()),
         ]  # fmt: skip
     elif spec.kv_connector is not None and store is not None:
         # What --kv-connector asks to be copied from the prefill server, and nothing that it turns on by itself.
-        command += [*store.flags, "--hicache-io-backend", "direct", "--hicache-mem-layout", "page_first_direct"]
+        command += [*store.flags, *_HOST_FLAGS[spec.device]]
     if spec.tp_size > 1:
         command += ["--tp-size", str(spec.tp_size)]
     if spec.dp_size > 1:
@@ -153,27 +187,21 @@ def server_environment(spec: ServerSpec, place: Place, store: Store | None, base
     """The whole environment of a server; of `base` everything but proxies and settings of SGLang and Mooncake."""
     environment = clean_environment(base) | MOONCAKE_ENVIRONMENT
     environment |= {
-        "SGLANG_PLATFORM": "dualpath_cpu",
-        "OMP_NUM_THREADS": "1",
-        # SGLang compiles small functions at their first call: 15 s of two cores, for nothing with a tiny model.
-        "TORCHDYNAMO_DISABLE": "1",
+        **_DEVICE_ENVIRONMENT[spec.device],
         "SGLANG_HOST_IP": place.compute_address,  # what a server tells its peers; also the address of the KV transfers
         "MOONCAKE_LOCAL_HOSTNAME": place.storage_address,  # of the store's client
         "GLOO_SOCKET_IFNAME": "lo",  # its ranks are on one node
-        # Pools of known size on a machine that holds several servers: SGLang would keep 10 GiB free for each.
-        "SGLANG_CPU_PLATFORM_HOST_RESERVE_BYTES": str(1 << 30),
         "TOKENIZERS_PARALLELISM": "false",
         # Health checks would each run a request, and readiness is known without.
         "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "false",
     }
     if spec.transfer_backend == "nixl":
-        # Else UCX would go round shaped links: through shared memory, or over the storage network.
-        environment |= {
-            "UCX_TLS": "tcp",
-            "UCX_NET_DEVICES": "lo" if place.namespace is None else "compute",
-            "NIXL_LOG_LEVEL": "WARN",
-        }
-    if spec.ranks > 1:
+        environment["NIXL_LOG_LEVEL"] = "WARN"
+    if spec.transfer_backend == "nixl" and spec.device == "cpu":
+        # Else UCX would go round shaped links: through shared memory, or over the storage network. With device memory
+        # the choice is left to UCX, which needs transports for it that depend on the machine.
+        environment |= {"UCX_TLS": "tcp", "UCX_NET_DEVICES": "lo" if place.namespace is None else "compute"}
+    if spec.ranks > 1 and spec.device == "cpu":
         # Without it SGLang wants a NUMA node for each rank. It binds no thread without AMX, which is not used here.
         cores = sorted(os.sched_getaffinity(0))
         environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(

@@ -23,6 +23,8 @@ from benchmarks.testbed.store import Store, mooncake_master_command
 
 PREFILL = Place("ns-prefill", "10.193.0.1", "10.192.0.1", 20001, 20002)
 DECODE = Place("ns-decode", "10.193.0.2", "10.192.0.2", 20003, 20004)
+DIRECT = ("direct", "page_first_direct")
+KERNEL = ("kernel", "page_first")
 STORE = Store(("--hicache-storage-backend", "file"), {"SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR": "/store"})
 
 
@@ -49,6 +51,43 @@ def test_the_store_client_binds_the_storage_address(model: Path) -> None:
     assert environment["MOONCAKE_LOCAL_HOSTNAME"] == "10.192.0.2"
     assert environment["SGLANG_HOST_IP"] == "10.193.0.2"
     assert environment["SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR"] == "/store"
+
+
+def test_a_cpu_server_schedules_without_overlap_and_copies_pages_directly(model: Path) -> None:
+    command = server_command(ServerSpec(role="prefill"), PREFILL, STORE, model)
+    assert flag(command, "--device") == "cpu"
+    assert {"--disable-overlap-schedule", "--sleep-on-idle"} <= set(command)
+    assert (flag(command, "--hicache-io-backend"), flag(command, "--hicache-mem-layout")) == DIRECT
+    environment = server_environment(ServerSpec(role="prefill"), PREFILL, STORE, {})
+    assert environment["SGLANG_PLATFORM"] == "dualpath_cpu"
+    assert environment["OMP_NUM_THREADS"] == environment["TORCHDYNAMO_DISABLE"] == "1"
+
+
+@pytest.mark.parametrize("hicache", [True, False])
+def test_a_cuda_server_schedules_with_overlap_and_copies_pages_by_kernels(model: Path, hicache: bool) -> None:
+    spec = ServerSpec(role="decode", device="cuda", kv_connector="dualpath", hicache=hicache)
+    command = server_command(spec, DECODE, STORE, model)
+    assert flag(command, "--device") == "cuda"
+    assert not {"--disable-overlap-schedule", "--sleep-on-idle"} & set(command)
+    assert (flag(command, "--hicache-io-backend"), flag(command, "--hicache-mem-layout")) == KERNEL
+
+
+def test_outputs_of_a_cuda_server_do_not_depend_on_what_is_cached(model: Path) -> None:
+    command = server_command(ServerSpec(role="prefill", device="cuda"), PREFILL, STORE, model)
+    assert "--enable-deterministic-inference" in command
+    assert flag(command, "--attention-backend") == "triton"
+    assert "--mem-fraction-static" not in command
+    assert int(flag(command, "--max-total-tokens")) > 0
+
+
+def test_a_cuda_server_has_nothing_of_the_cpu_platform_in_its_environment() -> None:
+    spec = ServerSpec(role="prefill", device="cuda", transfer_backend="nixl", tp_size=2)
+    base = {"CUDA_VISIBLE_DEVICES": "1", "SGLANG_PLATFORM": "dualpath_cpu", "UCX_TLS": "tcp"}
+    environment = server_environment(spec, PREFILL, STORE, base)
+    assert environment["CUDA_VISIBLE_DEVICES"] == "1"
+    cpu_only = {"OMP_NUM_THREADS", "TORCHDYNAMO_DISABLE", "UCX_TLS", "UCX_NET_DEVICES"}
+    assert not cpu_only & set(environment)
+    assert not [name for name in environment if "PLATFORM" in name or "SGLANG_CPU" in name]
 
 
 @pytest.mark.parametrize(
