@@ -184,8 +184,11 @@ class Cluster:
         """
         roles = [role for role, wanted in (("prefill", prefill), ("decode", decode)) if wanted]
         end = time.monotonic() + deadline_s
+        several = {server.label for server in self.spec.servers if server.dp_size > 1}
         for name in (name for role in roles for name in self.names_of(role)):
-            while (answer := self.clients[name].post("/flush_cache")).status_code != 200:
+            # Of several data-parallel ranks SGLang passes on one's answer, so each is told to wait until it can.
+            path = f"/flush_cache?timeout={deadline_s:g}" if name in several else "/flush_cache"
+            while (answer := self.clients[name].post(path)).status_code != 200:
                 if time.monotonic() > end:
                     raise RequestError(f"{name} still refuses to flush after {deadline_s:.0f} s: {answer.text.strip()}")
                 time.sleep(0.2)

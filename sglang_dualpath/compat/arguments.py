@@ -16,7 +16,7 @@ from typing import Any
 from packaging.version import Version
 
 from sglang_dualpath.compat.stop import stop_on_error
-from sglang_dualpath.compat.stores import STORES, has_zero_copy, sharing_warnings
+from sglang_dualpath.compat.stores import STORES, has_one_place_per_rank, has_zero_copy, sharing_warnings
 from sglang_dualpath.config import read_config
 from sglang_dualpath.errors import UnsupportedError
 
@@ -245,6 +245,11 @@ def _unsupported_storage(cfg: Any) -> list[Row]:
             cfg.hicache_storage_backend == "dynamic" and not has_zero_copy(cfg),
             "--hicache-storage-backend dynamic without zero-copy getters",
             'if it has them, add "interface_v1": 1 to --hicache-storage-backend-extra-config',
+        ),
+        (
+            cfg.dp_size > 1 and has_one_place_per_rank(cfg),
+            f"--dp-size {cfg.dp_size} with this {cfg.hicache_storage_backend} store",
+            "SGLang gives all its ranks one place on disk, where they would overwrite each other's pages",
         ),
         (
             cfg.hicache_host_memory_mode != "cache",

@@ -78,7 +78,7 @@ SEAMS: tuple[Seam, ...] = (
     Seam(_STEPS + "overrides.resolved_view", "argument resolution", "reads arguments", _OFFICIAL, ("server_args",)),
     *_methods(
         _ARGS,
-        "attn_cp_size attn_dp_size dcp_size decoupled_spec_role disable_radix_cache"
+        "attn_cp_size attn_dp_size dcp_size decoupled_spec_role disable_radix_cache dp_size"
         " disaggregation_decode_allocation_policy disaggregation_decode_enable_offload_kvcache"
         " disaggregation_decode_enable_radix_cache"
         " disaggregation_decode_host_receive_threshold disaggregation_ib_device disaggregation_mode"
@@ -96,6 +96,8 @@ SEAMS: tuple[Seam, ...] = (
     Seam(_STORE + ".load_from_env", "store settings", "warns about shared NICs", _WITH_OURS),
     *_attributes(_STORE, "global_segment_size protocol device_name", "store settings", "warns about shared NICs",
                  _WITH_OURS),
+    Seam(_STORE, "store settings", "refuses data-parallel ranks that overwrite each other's pages", _WITH_OURS,
+         attribute="enable_ssd_offload"),
     # -- tree registry
     Seam(_REGISTRY + "register_radix_cache_backend", "tree registry", "brings our trees in", _OFFICIAL,
          ("name", "factory")),

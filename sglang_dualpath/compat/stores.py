@@ -32,6 +32,17 @@ def has_zero_copy(cfg: Any) -> bool:
     return bool(extra_config(cfg).get("interface_v1"))
 
 
+def has_one_place_per_rank(cfg: Any) -> bool:
+    """Whether the store keeps pages in a file or a directory of its own for each rank of tensor parallelism.
+
+    SGLang numbers engines for the store without their data-parallel rank. Raises ConfigError.
+    """
+    if cfg.hicache_storage_backend == "hf3fs":
+        return True
+    store = _mooncake_settings(cfg) if cfg.hicache_storage_backend == "mooncake" else None
+    return store is not None and bool(store.enable_ssd_offload)
+
+
 def sharing_warnings(cfg: Any) -> list[str]:
     """Sentences about settings that work but make two kinds of traffic meet on one NIC."""
     store = _mooncake_settings(cfg) if cfg.hicache_storage_backend == "mooncake" else None

@@ -9,6 +9,7 @@ import socket
 import threading
 from typing import Any
 
+import msgspec
 from sglang.srt.disaggregation.utils import DisaggregationMode
 
 from sglang_dualpath import metrics
@@ -83,6 +84,13 @@ def _reader_threads(config: DualPathConfig, backend: str) -> int:
     return config.reader_threads
 
 
+def _part_of(config: DualPathConfig, manager: Any) -> DualPathConfig:
+    """What the server may do, for one of its engines: each of its ranks reads an equal part."""
+    engines = manager.attn_tp_size * manager.system_dp_size
+    limit = config.read_rate_limit_bytes_per_s
+    return msgspec.structs.replace(config, read_rate_limit_bytes_per_s=max(1, limit // engines)) if limit else config
+
+
 def _count_error(kind: str) -> None:
     metrics.CONTROL_ERRORS.add(kind=kind)
 
@@ -97,6 +105,7 @@ class PrefillSide:
         tree = scheduler.tree_cache
         controller = tree.cache_controller
         manager = self._queue.kv_manager
+        config = _part_of(config, manager)
         pages = _host_pages(scheduler)
         self._ranks = _ranks(scheduler, manager)
         lock = threading.Condition()
@@ -193,6 +202,7 @@ class DecodeSide:
         tree = scheduler.tree_cache
         controller = tree.cache_controller
         manager = self._queue.kv_manager
+        config = _part_of(config, manager)
         pages = _host_pages(scheduler)
         self._ranks = _ranks(scheduler, manager)
         self._unequal: set[str] = set()
@@ -220,8 +230,8 @@ class DecodeSide:
         tree.use(self.path)
         manager.gate = self
         logger.info(
-            "DualPath decode engine %s: tp %d of %d, %d host pages of %d bytes.",
-            engine, self._ranks.rank, self._ranks.size, pages.slots, pages.page_bytes,
+            "DualPath decode engine %s: dp %d, tp %d of %d, %d host pages of %d bytes.",
+            engine, manager.system_dp_rank, self._ranks.rank, self._ranks.size, pages.slots, pages.page_bytes,
         )  # fmt: skip
 
     def added(self, req: Any) -> None:

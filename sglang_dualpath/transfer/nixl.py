@@ -42,10 +42,11 @@ _ENDED = frozenset({"nixlRemoteDisconnectError", "nixlBackendError", "nixlCancel
 # NIXL has to be asked whether a write is done. Where all cores are busy, and NIXL's own threads keep one each busy, who
 # sleeps wakes up as late as a kernel's time slice, some 3 ms, which is more than a chunk takes. So around the time at
 # which a write should be done at the soonest it is asked without a pause, as SGLang does for all of its own: from
-# _EAGER_S before, where there is nothing to ask yet, to as long after, or to that share of the time. Later the pauses
-# grow with the time passed.
+# _EAGER_S before, where there is nothing to ask yet, to as long after, or to that share of the time, which has a bound.
+# Later the pauses grow with the time passed.
 _EAGER_S = 5e-3
 _EAGER_SHARE = 0.25
+_MOST_EAGER_S = 20e-3
 _PAUSE_SHARE = 0.05
 _MOST_PAUSE_S = 20e-3
 _FORGETTING = 1.1
@@ -152,11 +153,11 @@ class NixlTransport:
         """Post a write and wait for its end. Releases ``handle``, or leaves it to a straggler."""
         why = "an error"
         began_s = time.monotonic()
-        took_s = 0.0
         try:
             state = self._agent.transfer(handle)
         except Exception as fault:
             state, why = "ERR", _said(fault)
+        took_s = time.monotonic() - began_s
         while state == "PROC" and took_s < self._deadline_s:
             time.sleep(_pause_s(took_s, expected_s=met.page_s * pages))
             state, why = _state(self._agent.check_xfer_state, handle)
@@ -349,7 +350,7 @@ def _pause_s(took_s: float, expected_s: float) -> float:
     """How long to wait before a write is looked at, ``took_s`` after its beginning."""
     if took_s < expected_s - _EAGER_S:
         return min(_MOST_PAUSE_S, expected_s - _EAGER_S - took_s)
-    if took_s < expected_s + max(_EAGER_S, _EAGER_SHARE * expected_s):
+    if took_s < expected_s + min(max(_EAGER_S, _EAGER_SHARE * expected_s), _MOST_EAGER_S):
         return 0.0
     return min(_MOST_PAUSE_S, _PAUSE_SHARE * took_s)
 

@@ -91,13 +91,16 @@ BREAK_IN_CHILDREN = """
 """
 
 
+# Schedulers of a server with data-parallel ranks are children of a process that does not look whether they live.
+@pytest.mark.parametrize("more", [(), ("--dp-size", "2")], ids=["one scheduler", "data parallel"])
 def test_a_seam_missing_in_the_scheduler_process_alone_ends_the_server_with_a_sentence(
-    argv: Argv, tmp_path: Path
+    argv: Argv, tmp_path: Path, more: tuple[str, ...]
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text(textwrap.dedent(BREAK_IN_CHILDREN))
     env = server_environment() | {"SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR": str(tmp_path / "store")}
     env["PYTHONPATH"] = f"{tmp_path}:{env['PYTHONPATH']}"
     flags = ("--host", "127.0.0.1", "--port", str(free_port()), "--max-total-tokens", "4096", "--hicache-ratio", "2")
+    flags += more
     line = argv("decode", *flags, "--disable-overlap-schedule", "--sleep-on-idle", "--chunked-prefill-size", "2048")
     code, _, err = run([sys.executable, "-m", "sglang.launch_server", *line], env, limit_s=220)
     assert code != 0

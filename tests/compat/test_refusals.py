@@ -61,6 +61,17 @@ CASES = {
     "context parallel": Case(("--attn-cp-size", "2", "--tp-size", "2"), ("--attn-cp-size 2", ONE_READER)),
     "context parallel alone": Case(("--attn-cp-size", "2"), ("--attn-cp-size 2", ONE_READER)),
     "decode context parallel": Case(("--dcp-size", "2"), ("--dcp-size 2", ONE_READER)),
+    "data parallel, files of each rank": Case(
+        ("--dp-size", "2"), ("--dp-size 2 with this hf3fs store", "one place on disk"), storage="hf3fs"
+    ),
+    "data parallel, files of each rank of Mooncake": Case(
+        (
+            *("--dp-size", "2", "--hicache-storage-backend-extra-config"),
+            '{"master_server_address": "10.0.0.1:50051", "enable_ssd_offload": true, "ssd_offload_path": "/ssd"}',
+        ),
+        ("--dp-size 2 with this mooncake store", "one place on disk"),
+        storage="mooncake",
+    ),
     "attention data parallel": Case(("--attn-dp-size", "2"), ("--attn-dp-size 2", ONE_READER)),
     "attention data parallel, old spelling": Case(
         ("--dp-size", "2", "--enable-dp-attention"), ("--enable-dp-attention", ONE_READER)
@@ -194,6 +205,7 @@ def test_without_the_flag_none_of_it_is_our_business(forks: ForkServer, argv: Ar
         (("--hicache-write-policy", "write_through_selective"), "file"),
         (("--tp-size", "2"), "file"),
         (("--dp-size", "2"), "file"),
+        (("--dp-size", "2"), "mooncake"),
     ],
 )
 def test_is_not_refused(forks: ForkServer, argv: Argv, flags: tuple[str, ...], storage: str) -> None:

@@ -116,7 +116,7 @@ def calm_flags(tp_size: int) -> tuple[str, ...]:
     Four schedulers and their threads wait for each other's turns here: leases that last, and reads so slow that the
     other side's ranks have had theirs before one engine is through.
     """
-    return ("--dualpath-lease", "2.5", "--dualpath-read-rate-limit", "16MiB") if tp_size > 1 else ()
+    return ("--dualpath-lease", "2.5", "--dualpath-read-rate-limit", "32MiB") if tp_size > 1 else ()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

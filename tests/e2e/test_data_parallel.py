@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.testbed.cluster import Cluster, ClusterSpec
+from benchmarks.testbed.metrics import metric_sum
 from benchmarks.testbed.servers import Role, ServerSpec
 from benchmarks.testbed.store import StoreSpec
 from tests.e2e.conftest import REPOSITORY, SETTINGS, STORE_BYTES, References, log_dir
@@ -19,7 +20,7 @@ from tests.e2e.prompts import Prompts, ask_all, differences
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 ROW = Row("file", "gateway", "gqa", "mooncake", "tp1")
-RANKS = ("DP0", "DP1")
+RANKS = (0, 1)
 # By turns, decode servers ask the bootstrap server who has a request; by the room's number, the default, they reckon.
 METHODS = ("round_robin", "follow_bootstrap_room") if os.environ.get("DUALPATH_TEST_ALL") else ("round_robin",)
 
@@ -52,6 +53,16 @@ def cluster(
         yield cluster
 
 
+def stages(cluster: Cluster) -> dict[tuple[str, int], float]:
+    """Stages that requests have passed through so far, by role and data-parallel rank."""
+    name = "sglang:per_stage_req_latency_seconds_count"
+    return {
+        (role, rank): metric_sum(cluster.metrics(role), name, dp_rank=str(rank))
+        for role in ("prefill", "decode")
+        for rank in RANKS
+    }
+
+
 def test_all_ranks_share_reads_and_outputs_are_those_of_stock(
     cluster: Cluster, prompts: Prompts, references: References
 ) -> None:
@@ -61,16 +72,18 @@ def test_all_ranks_share_reads_and_outputs_are_those_of_stock(
     assert differences(ask_all(cluster, some), wanted) == {}
     cluster.flush()
     before = count(cluster)
-    starts = {role: len(cluster.server_log(role)) for role in ("prefill", "decode")}
+    served, log = stages(cluster), len(cluster.server_log("prefill"))
     for _ in range(2):
         assert differences(ask_all(cluster, some, at_once=4), wanted) == {}
         cluster.flush()
     seen = count(cluster).since(before)
-    logs = {role: cluster.server_log(role)[start:].splitlines() for role, start in starts.items()}
-    reads = [line for line in logs["prefill"] if "DualPath read of room" in line]
+    idle = [engine for engine, passed in stages(cluster).items() if passed <= served[engine]]
+    assert idle == [], "engines without a request"
+    reads = [line for line in cluster.server_log("prefill")[log:].splitlines() if "DualPath read of room" in line]
     for rank in RANKS:
-        assert any(rank in line and ", split," in line for line in reads), f"no shared read on {rank}"
-        assert any(rank in line for line in logs["decode"]), f"no request on {rank} of the decode server"
+        assert any(f"DP{rank}" in line and ", split," in line for line in reads), f"no shared read on rank {rank}"
     assert seen.total("read_bytes_total", "decode") > 0
+    # A HELLO at the wrong rank is no offer, and every other one would be.
+    assert seen.total("offers_total", "made") >= 1.5 * len(some)
     for reason in ("prefill_without_dualpath", "prefill_silent"):
         assert seen.total("fallbacks_total", reason) == 0

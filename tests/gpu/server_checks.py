@@ -84,11 +84,11 @@ class Servers(unittest.TestCase):
         self.assertGreater(seen[0].total("pushed_bytes_total"), 0)
 
     def test_outputs_where_one_side_holds_more(self) -> None:
-        """Hops of pages that the decode server's kernels wrote back, and reads for a decode server that has none."""
+        """Hops of pages that the decode server's kernels wrote back; a decode server that has less than prefill."""
         some = {name: tokens for name, tokens in list(self.stored.items())[8::3] if len(tokens) < 4000}
         for flushed in ("prefill", "decode"):
             with self.subTest(flushed=flushed):
-                self.ask(some)
+                self.assertEqual(self.ask(some), {})
                 self.pair.flush(prefill=flushed == "prefill", decode=flushed == "decode")
                 with self.counted() as seen:
                     self.assertEqual(self.ask(some), {})

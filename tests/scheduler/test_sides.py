@@ -1,4 +1,4 @@
-"""Which engine a request's HELLO goes to, and when several ranks reissue a parked prefetch."""
+"""Which engine a request's HELLO goes to, when several ranks reissue a parked prefetch, and how much each may read."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from sglang_dualpath.scheduler.sides import DecodeSide, PrefillSide
+from sglang_dualpath.config import DualPathConfig
+from sglang_dualpath.scheduler.sides import DecodeSide, PrefillSide, _part_of
 
 ROOM = 7
 ADDRESS = "10.0.0.1:8998"
@@ -126,3 +127,12 @@ def test_without_parked_prefetches_no_rank_is_asked() -> None:
     prefill = Prefill(True)
     prefill.side.tick()
     assert prefill.asked == []
+
+
+@pytest.mark.parametrize(
+    ("limit", "tp_size", "dp_size", "part"), [(1000, 1, 1, 1000), (1000, 2, 2, 250), (1, 2, 1, 1), (0, 2, 2, 0)]
+)
+def test_engines_of_a_server_share_its_read_rate_limit(limit: int, tp_size: int, dp_size: int, part: int) -> None:
+    manager = SimpleNamespace(attn_tp_size=tp_size, system_dp_size=dp_size)
+    config = DualPathConfig(read_rate_limit_bytes_per_s=limit)
+    assert _part_of(config, manager).read_rate_limit_bytes_per_s == part

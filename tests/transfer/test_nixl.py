@@ -317,6 +317,32 @@ def test_a_write_that_takes_longer_than_expected_is_asked_about_ever_more_seldom
     assert len(clock.pauses) - len(eager) < 600
 
 
+def test_for_how_long_a_late_write_is_asked_about_without_pauses(agent: Agent, clock: Clock) -> None:
+    transport = transport_over(agent)
+    for seconds in (0.06, 0.06):
+        push_for(agent, clock, transport, seconds)
+    assert push_for(agent, clock, transport, 0.072) < 0.0001  # 20 % late, found without a pause
+    for seconds in (0.4, 0.4):
+        push_for(agent, clock, transport, seconds)
+    push_for(agent, clock, transport, 4.0)
+    eager = [pause_s for pause_s in clock.pauses if not pause_s]
+    assert 0.024 < len(eager) * 1e-5 < 0.026
+
+
+def test_a_write_that_ends_as_it_is_posted_counts_as_one_of_that_time(agent: Agent, clock: Clock) -> None:
+    transport = transport_over(agent)
+
+    def post(handle: Handle) -> str:
+        clock.now_s += 0.05
+        return "DONE"
+
+    agent.transfer = post  # type: ignore[method-assign]
+    transport.push(PEER, range(4), range(4))
+    del agent.transfer
+    assert push_for(agent, clock, transport, 0.05) < 0.001
+    assert sum(clock.pauses) == pytest.approx(0.045, rel=0.1)
+
+
 def test_what_was_held_up_once_is_not_expected_again(agent: Agent, clock: Clock) -> None:
     transport = transport_over(agent)
     for seconds in (0.01, 5.0):
