@@ -33,7 +33,7 @@ from tests.reader.host import PAGE_TOKENS, Slots, Storage, content, wait_for
 from tests.reader.wire import Wire
 
 CONFIG = DualPathConfig(
-    chunk_bytes=2 * PAGE_BYTES, lease_s=0.25, hello_silence_s=0.6, read_deadline_s=3.0, claims_in_flight=2
+    chunk_bytes=2 * PAGE_BYTES, lease_s=0.25, hello_silence_s=1.5, read_deadline_s=5.0, claims_in_flight=2
 )
 SLOTS, RESERVE = 160, 24
 _STEP_S = 0.002

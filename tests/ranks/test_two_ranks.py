@@ -18,6 +18,7 @@ from tests.ranks.servers import CONFIG, Request, Servers
 
 NO_HELLO = 'sglang_dualpath_fallbacks_total{reason="no_hello"}'
 DEAF_AFTER = 4
+LATE_S = 0.3  # more than a deaf prefill engine waits, and much less than decode ranks wait for it
 DEADLINE_S = CONFIG.read_deadline_s + 5.0
 PAGES = 18
 
@@ -98,7 +99,7 @@ def deaf(servers: Servers) -> None:
 def test_a_hello_that_is_too_late_on_one_rank_is_refused_on_all(late: int) -> None:
     with running("decode") as servers:
         deaf(servers)
-        servers.greeting_s[late] = CONFIG.hello_silence_s / 2
+        servers.greeting_s[late] = LATE_S
         for storage in servers.storages:
             storage.latency_s = 0.05  # prefill is still reading when it comes
         done, promised = one_request(servers)
@@ -115,7 +116,7 @@ def test_a_late_hello_gets_a_share_of_what_is_left(late: tuple[int, ...]) -> Non
     with running("split") as servers:
         deaf(servers)
         for rank in late:
-            servers.greeting_s[rank] = CONFIG.hello_silence_s / 2
+            servers.greeting_s[rank] = LATE_S
         for storage in servers.storages:
             storage.latency_s = 0.05
         done, promised = one_request(servers)
