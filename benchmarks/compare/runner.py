@@ -75,8 +75,8 @@ def run(settings: Settings, *, out: Path, say: Say, keep_servers: bool = False) 
             cluster = stack.enter_context(Cluster(spec, log_dir=log_dir, say=lambda _: None, suspended=True))
             turns.append(Turns(system, TestbedTarget(cluster), settings, workload, say))
         failure = _take_turns(turns, settings, repetitions, sustained, say, keep_servers=keep_servers)
-    return summarise(settings, workload, repetitions, sustained=sustained, versions=versions(), failure=failure,
-                     total_s=round(time.monotonic() - start, 1))  # fmt: skip
+    return summarise(settings, workload, repetitions, sustained=sustained, versions=versions() | {"model": model.name},
+                     failure=failure, total_s=round(time.monotonic() - start, 1))  # fmt: skip
 
 
 def run_deployed(settings: Settings, deployment: Deployment, *, say: Say) -> Result:
