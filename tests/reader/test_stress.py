@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import pytest
 
 from sglang_dualpath.errors import TransferError
-from tests.reader.cluster import CONFIG, Cluster, DecodeEngine, Job, PrefillEngine, prompt
+from tests.reader.cluster import CONFIG, Cluster, DecodeEngine, Job, PrefillEngine, prompt, shared_read
 
 REQUESTS = 70
 PAGES = 32
@@ -122,6 +122,16 @@ def test_reads_end_in_time_and_whole_whatever_goes_wrong(cluster: Cluster, seed:
         assert prefill.pool.free_count + prefill.reserve.size + sum(job.kept for job in mine) == 3000
     brought = sum(job.kept for *_, job, _, _ in requests)
     assert brought > 0.6 * REQUESTS * PAGES
+
+
+def test_an_abort_after_the_end_frees_nothing(cluster: Cluster) -> None:
+    """The stress test's aborts come at any time, and what SGLang has in its tree is not theirs to free."""
+    prefill, _, job = shared_read(cluster, pages=8)
+    assert job.result() == 8
+    free = prefill.pool.free_count
+    job.abort()
+    job.check()
+    assert prefill.pool.free_count == free
 
 
 def test_rooms_are_bounded(cluster: Cluster) -> None:
