@@ -16,11 +16,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 COPY = ROOT / "out" / "patched"
-# What knows SGLang by heart, and one end-to-end row: every output compared with the patched SGLang's own.
+# What knows SGLang by heart. End to end, one row and two data-parallel ranks (whose number one patch is about): every
+# output compared with the patched SGLang's own.
 UNIT = ["tests/compat/test_seams.py", "tests/compat/test_switch.py", "tests/connector", "tests/hicache"]
 ROW = "mooncake-gateway-gqa"
-TESTS = f"{ROW} and (nothing_is_cached or split and (from_storage or holds_more) or hit_bytes)"
-END_TO_END = ["tests/e2e/test_identity.py", "-m", "e2e", "-k", TESTS]
+TESTS = f"{ROW} and (nothing_is_cached or split and (from_storage or holds_more) or hit_bytes) or round_robin"
+END_TO_END = ["tests/e2e/test_identity.py", "tests/e2e/test_data_parallel.py", "-m", "e2e", "-k", TESTS]
 
 
 def installed() -> Path:

@@ -32,7 +32,10 @@ def _lines() -> Iterator[list[str]]:
     for transfer, model, ranks in itertools.product(TRANSFERS, MODELS, RANKS):
         cells = ["CI" if _in_ci(store, model, transfer, ranks) else "`make test-all`" for store in STORES]
         yield [f"`{transfer}`", NAMES[model], NAMES[ranks], "`page_first_direct`", *cells]
-    yield ["both", "both", "any", "`page_first`", *["needs a GPU"] * len(STORES)]
+    # Copied by kernels, which need a GPU: `make test-gpu` has servers of one kind.
+    on_a_gpu = ["`make test-gpu`" if store == "file" else "not run" for store in STORES]
+    yield ["either", NAMES["gqa"], NAMES["tp1"], "`page_first`", *on_a_gpu]
+    yield ["both", "others", "others", "`page_first`", *["not run"] * len(STORES)]
     yield ["others", "others", "-", "others", *["refused"] * len(STORES)]
 
 

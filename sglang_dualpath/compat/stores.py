@@ -13,7 +13,8 @@ from sglang_dualpath.errors import ConfigError
 _FLAG = "--hicache-storage-backend-extra-config"
 
 # Backends whose getter and setter work on page-first host pages without copies, and SGLang's own file backend.
-STORES = ("mooncake", "file", "nixl", "hf3fs", "dynamic")
+# Not "hf3fs": without a metadata server each process numbers the pages of one and the same file for itself.
+STORES = ("mooncake", "file", "nixl", "dynamic")
 
 
 def extra_config(cfg: Any) -> dict[str, Any]:
@@ -37,8 +38,6 @@ def has_one_place_per_rank(cfg: Any) -> bool:
 
     SGLang numbers engines for the store without their data-parallel rank. Raises ConfigError.
     """
-    if cfg.hicache_storage_backend == "hf3fs":
-        return True
     store = _mooncake_settings(cfg) if cfg.hicache_storage_backend == "mooncake" else None
     return store is not None and bool(store.enable_ssd_offload)
 
@@ -54,6 +53,11 @@ def sharing_warnings(cfg: Any) -> list[str]:
             "This server lends host memory to the store (global_segment_size), so other servers' storage reads use its "
             "NIC too; set it to 0 and let separate processes hold the store, or expect less from the second read path."
         )
+    if store.enable_ssd_offload:
+        warnings.append(
+            "The store keeps pages on disk (enable_ssd_offload): give the prefill and the decode server an "
+            "ssd_offload_path of their own, as each overwrites what the other wrote in a common one."
+        )
     if store.protocol == "rdma" and os.environ.get("MC_FORCE_TCP") != "1":
         shared = shared_devices(store.device_name, hop_devices(cfg))
         if shared is not None:
@@ -62,6 +66,16 @@ def sharing_warnings(cfg: Any) -> list[str]:
                 f"in {_FLAG} and --disaggregation-ib-device, or expect less from the second read path."
             )
     return warnings
+
+
+def shares_engine(backend: Any, session: str) -> bool:
+    """Whether the store transfers through the engine of this session, and so has registered the host pool there.
+
+    SGLang's Mooncake store takes the engine of the KV transfer, under that engine's name, where both use the same NIC
+    and RDMA.
+    """
+    name = getattr(getattr(backend, "store", None), "get_hostname", None)
+    return name is not None and name() == session
 
 
 def hop_devices(cfg: Any) -> str | None:

@@ -29,8 +29,8 @@ class GatedKVManager(CommonKVManager):
         if self.system_dp_size > 1 and not native.has(native.DATA_PARALLEL_RANK_OF_A_ROOM):
             self.attn_dp_rank = self.system_dp_rank
 
-    def transport(self) -> Transport:
-        """A new transport over this manager's transfer engine, with nothing registered yet."""
+    def transport(self, storage: object) -> Transport:
+        """A new transport over this manager's transfer engine. ``storage`` is the backend of HiCache beside it."""
         raise NotImplementedError
 
 

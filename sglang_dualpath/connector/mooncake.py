@@ -5,15 +5,16 @@ from __future__ import annotations
 from sglang.srt.disaggregation.base import KVPoll
 from sglang.srt.disaggregation.mooncake import MooncakeKVBootstrapServer, MooncakeKVManager, MooncakeKVReceiver
 
-from sglang_dualpath.compat import native
+from sglang_dualpath.compat import native, stores
 from sglang_dualpath.connector.gated import GatedKVManager, GatedKVReceiver, PublishingKVBootstrapServer
 from sglang_dualpath.transfer import Transport
 from sglang_dualpath.transfer.mooncake import MooncakeTransport
 
 
 class DualPathMooncakeKVManager(GatedKVManager, MooncakeKVManager):
-    def transport(self) -> Transport:
-        return MooncakeTransport(self.engine)
+    def transport(self, storage: object) -> Transport:
+        shared = stores.shares_engine(storage, str(self.engine.get_session_id()))
+        return MooncakeTransport(self.engine, registered=shared)
 
 
 class TolerantMooncakeKVManager(DualPathMooncakeKVManager):

@@ -10,7 +10,7 @@ from sglang_dualpath.transfer.nixl import NixlTransport
 
 
 class DualPathNixlKVManager(GatedKVManager, NixlKVManager):
-    def transport(self) -> Transport:
+    def transport(self, storage: object) -> Transport:
         return NixlTransport(self.agent)
 
 

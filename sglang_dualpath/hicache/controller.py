@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
-from sglang.srt.mem_cache.hicache_storage import HiCacheStorageExtraInfo
+from sglang.srt.mem_cache.hicache_storage import STORAGE_BATCH_SIZE, HiCacheStorageExtraInfo
 from sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller import HybridCacheController
 
 from sglang_dualpath.compat import native
@@ -17,6 +18,17 @@ _STORE_IS_TOLD = native.has(native.STORAGE_REQUEST_HANDLE)
 
 PageGetter = Callable[[Any, Sequence[str], torch.Tensor, Any], int]
 PageSetter = Callable[[Sequence[str], torch.Tensor, Any], bool]
+
+
+def _runs(positions: Sequence[int]) -> list[tuple[int, int]]:
+    """Runs ``first .. end`` of neighbours, of positions in order."""
+    runs: list[tuple[int, int]] = []
+    for position in positions:
+        if runs and runs[-1][1] == position:
+            runs[-1] = (runs[-1][0], position + 1)
+        else:
+            runs.append((position, position + 1))
+    return runs
 
 
 class StoragePath(Protocol):
@@ -31,8 +43,11 @@ class StoragePath(Protocol):
     def extend_hit(self, handle: Any, hashes: Sequence[str], stored: int) -> int:
         """How many leading pages of these a request can have, of which storage has ``stored``: as many or more."""
 
-    def unwritten(self, hashes: Sequence[str]) -> list[int]:
-        """Which of these pages should be written back to storage, by position."""
+    def unwritten(self, hashes: Sequence[str], prefix: Sequence[str] | None) -> list[int]:
+        """Which of these pages should be written back to storage, by position.
+
+        ``prefix``: hashes of the pages before them, where the store wants to be told.
+        """
 
     def written_back(self, pages: int) -> None:
         """So many pages were handed to storage."""
@@ -65,16 +80,27 @@ class DualPathCacheController(HybridCacheController):
         """Read the operation's pages from index ``first`` on out of storage into token ``indices``; any thread.
 
         Returns the count of leading good pages. Reads come out of order, so the prefix keys are those of ``first``.
+        The store is asked for as many pages at a time as upstream asks for, since some can do no more.
         """
         count = len(indices) // self.page_size
-        hashes = operation.hash_value[first : first + count]
+        good = 0
+        while good < count:
+            wanted = min(STORAGE_BATCH_SIZE, count - good)
+            part = indices[good * self.page_size : (good + wanted) * self.page_size]
+            found = self._read_batch(operation, first + good, wanted, part)
+            good += found
+            if found < wanted:
+                break
+        return good
+
+    def _read_batch(self, operation: Any, first: int, count: int, indices: torch.Tensor) -> int:
         prefix = operation.prefix_keys
         if prefix is not None:
             prefix = prefix + operation.hash_value[:first]
         extra_info = HiCacheStorageExtraInfo(prefix_keys=prefix)
         if _STORE_IS_TOLD:
             extra_info.handle = operation.handle
-        return self._stock_page_get(operation, hashes, indices, extra_info)
+        return self._stock_page_get(operation, operation.hash_value[first : first + count], indices, extra_info)
 
     def _get_pages(self, operation: Any, hashes: Sequence[str], indices: torch.Tensor, extra_info: Any = None) -> int:
         if self._dualpath is None:
@@ -84,17 +110,16 @@ class DualPathCacheController(HybridCacheController):
     def _set_pages(self, hashes: Sequence[str], indices: torch.Tensor, extra_info: Any = None) -> bool:
         if self._dualpath is None:
             return self._stock_page_set(hashes, indices, extra_info)
-        wanted = self._dualpath.unwritten(hashes)
-        if not wanted:
-            return True
-        if len(wanted) < len(hashes):
-            pages = indices.reshape(len(hashes), self.page_size)
-            indices = pages[torch.tensor(wanted)].reshape(-1)
-            hashes = [hashes[which] for which in wanted]
-        good = self._stock_page_set(hashes, indices, extra_info)
-        if good:
-            self._dualpath.written_back(len(hashes))
-        return good
+        prefix = None if extra_info is None else extra_info.prefix_keys
+        for first, end in _runs(self._dualpath.unwritten(hashes, prefix)):
+            about = extra_info
+            if prefix is not None:  # which must go on to be what comes right before the pages
+                about = dataclasses.replace(extra_info, prefix_keys=[*prefix, *hashes[:first]])
+            part = indices[first * self.page_size : end * self.page_size]
+            if not self._stock_page_set(hashes[first:end], part, about):
+                return False
+            self._dualpath.written_back(end - first)
+        return True
 
     def _page_transfer(self, operation: Any) -> Any:
         try:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from sglang.srt.mem_cache.base_prefix_cache import CacheRequestOutcome, MatchPrefixParams
 from sglang.srt.mem_cache.common import _req_radix_key
+from sglang.srt.mem_cache.hicache_storage import HiCacheStorageExtraInfo
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from sglang_dualpath import metrics
@@ -276,7 +277,7 @@ class DecodePath:
     def extend_hit(self, handle: Any, hashes: Sequence[str], stored: int) -> int:
         return stored
 
-    def unwritten(self, hashes: Sequence[str]) -> list[int]:
+    def unwritten(self, hashes: Sequence[str], prefix: Sequence[str] | None) -> list[int]:
         unknown = [which for which, page_hash in enumerate(hashes) if page_hash not in self._stored]
         if not unknown:
             return []
@@ -284,7 +285,8 @@ class DecodePath:
         first = unknown[0]
         backend = self._controller.storage_backend
         try:
-            known = backend.batch_exists(list(hashes[first:]), None) if backend is not None else 0
+            about = None if prefix is None else HiCacheStorageExtraInfo(prefix_keys=[*prefix, *hashes[:first]])
+            known = backend.batch_exists(list(hashes[first:]), about) if backend is not None else 0
         except Exception as fault:
             # Writing a page twice is harmless; what is wrong with the backend may go on to harm reads.
             metrics.FALLBACKS.add(reason="write_back_query_exception")
@@ -315,8 +317,13 @@ class DecodePath:
         hashes: list[str] = []
         if self._tree.is_root(node):
             return slots, hashes
+        # SGLang names host pages when it queues their copy out of device memory; until that is acknowledged they hold
+        # something else. Every rank acknowledges the same copies in the same tick, so ranks go on agreeing.
+        unfinished = {copied for copy in self._tree.ongoing_write_through.values() for copied in copy.publish_node_ids}
         core = self._tree.tree_core
         for info in core.collect_path_info([node])[0]:
+            if info.node_id in unfinished:
+                break
             spec = core.build_storage_backup_spec(info.node_id, False)
             if spec is None:
                 break

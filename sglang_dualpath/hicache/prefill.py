@@ -108,7 +108,7 @@ class PrefillPath:
         self._stored[handle] = stored
         return reached
 
-    def unwritten(self, hashes: Sequence[str]) -> list[int]:
+    def unwritten(self, hashes: Sequence[str], prefix: Sequence[str] | None) -> list[int]:
         return list(range(len(hashes)))
 
     def written_back(self, pages: int) -> None:

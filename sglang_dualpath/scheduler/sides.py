@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 from sglang.srt.disaggregation.utils import DisaggregationMode
+from sglang.srt.environ import envs
 
 from sglang_dualpath import metrics
 from sglang_dualpath.compat.hooks import stop
@@ -48,6 +49,7 @@ def build_side(scheduler: Any) -> PrefillSide | DecodeSide:
         config = read_config()
         if config is None:
             raise DualPathError("the DualPath scheduler runs without --kv-connector dualpath in its environment")
+        config = _within(config, envs.SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT.get())
         if scheduler.disaggregation_mode == DisaggregationMode.PREFILL:
             return PrefillSide(scheduler, config)
         return DecodeSide(scheduler, config)
@@ -71,8 +73,8 @@ def _ranks(scheduler: Any, manager: Any) -> Ranks:
     return make_ranks(scheduler.attn_tp_cpu_group, rank=manager.attn_tp_rank, size=manager.attn_tp_size)
 
 
-def _transport(manager: Any, pages: HostPages) -> Transport:
-    transport: Transport = manager.transport()
+def _transport(manager: Any, pages: HostPages, storage: object) -> Transport:
+    transport: Transport = manager.transport(storage)
     transport.register(pages.geometry)
     return transport
 
@@ -89,6 +91,35 @@ def _part_of(config: DualPathConfig, manager: Any) -> DualPathConfig:
     engines = manager.attn_tp_size * manager.system_dp_size
     limit = config.read_rate_limit_bytes_per_s
     return msgspec.structs.replace(config, read_rate_limit_bytes_per_s=max(1, limit // engines)) if limit else config
+
+
+def _within(config: DualPathConfig, bootstrap_timeout_s: float) -> DualPathConfig:
+    """Reads end in half of the time after which SGLang fails a request whose bootstrap they hold back.
+
+    Raises DualPathError if a lease would not fit into that.
+    """
+    longest_s = bootstrap_timeout_s / 2
+    if config.read_deadline_s <= longest_s:
+        return config
+    if config.lease_s >= longest_s:
+        raise DualPathError(
+            f"SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT={bootstrap_timeout_s:g} leaves reads {longest_s:g} s, and "
+            f"--dualpath-lease is {config.lease_s:g}: raise the one or lower the other"
+        )
+    logger.warning(
+        "Reads end after %g s instead of --dualpath-read-deadline %g: SGLang fails a request that bootstraps for "
+        "longer than SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT, %g s.",
+        longest_s, config.read_deadline_s, bootstrap_timeout_s,
+    )  # fmt: skip
+    return msgspec.structs.replace(config, read_deadline_s=longest_s)
+
+
+def _reachable(endpoint: str, address: str) -> str:
+    """The endpoint as others reach it: one that is bound to all addresses has the server's own ``address``."""
+    host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+    if host not in ("0.0.0.0", "[::]"):
+        return endpoint
+    return f"tcp://[{address}]:{port}" if ":" in address else f"tcp://{address}:{port}"
 
 
 def _count_error(kind: str) -> None:
@@ -110,7 +141,7 @@ class PrefillSide:
         self._ranks = _ranks(scheduler, manager)
         lock = threading.Condition()
         reserve = HostReserve(controller.mem_pool_host, pages, size_bytes=config.reserve_bytes, lock=lock)
-        transport = _transport(manager, pages)
+        transport = _transport(manager, pages, controller.storage_backend)
         self.reads = PrefillReads(config=config, pages=pages, reserve=reserve.reserve, lock=lock)
         engine = _engine_id("prefill")
         desk = OfferDesk(
@@ -143,10 +174,11 @@ class PrefillSide:
         tree.use(self.path, reserve)
         # As SGLang's own registry counts: without attention data parallelism, a data-parallel rank is a whole engine.
         dp_rank = manager.system_dp_rank
-        publish(_bootstrap_url(manager), dp_rank=dp_rank, tp_rank=self._ranks.rank, endpoint=self._control.endpoint)
+        endpoint = _reachable(self._control.endpoint, manager.local_ip)
+        publish(_bootstrap_url(manager), dp_rank=dp_rank, tp_rank=self._ranks.rank, endpoint=endpoint)
         logger.info(
             "DualPath prefill engine %s: dp %d, tp %d of %d, policy %s, control %s, %d host pages of %d bytes, %d in "
-            "reserve.", engine, dp_rank, self._ranks.rank, self._ranks.size, config.policy, self._control.endpoint,
+            "reserve.", engine, dp_rank, self._ranks.rank, self._ranks.size, config.policy, endpoint,
             pages.slots, pages.page_bytes, reserve.reserve.size,
         )  # fmt: skip
 
@@ -206,7 +238,7 @@ class DecodeSide:
         pages = _host_pages(scheduler)
         self._ranks = _ranks(scheduler, manager)
         self._unequal: set[str] = set()
-        transport = _transport(manager, pages)
+        transport = _transport(manager, pages, controller.storage_backend)
         engine = _engine_id("decode")
         self._lookup = EndpointLookup()
         self.reads = DecodeReads(

@@ -35,14 +35,16 @@ class MooncakeTransport:
     Args:
         engine: has ``get_session_id()``, ``register(ptr, length)``, ``deregister(ptr)`` and
             ``batch_transfer_sync(session, sources, destinations, lengths)`` (negative on failure, GIL released).
+        registered: somebody else has registered the host pool with this engine, which refuses to do it twice.
     """
 
     metadata = b""
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Any, *, registered: bool = False) -> None:
         self.drain_s = _drain_s()
         self._engine = engine
         self._pool = PoolGeometry((), 0)
+        self._is_registered = registered
         self._registered: list[int] = []
 
     @property
@@ -50,7 +52,7 @@ class MooncakeTransport:
         return str(self._engine.get_session_id())
 
     def register(self, pool: PoolGeometry) -> None:
-        for address, length in pool.regions():
+        for address, length in () if self._is_registered else pool.regions():
             try:
                 self._engine.register(address, length)
             except RuntimeError as error:

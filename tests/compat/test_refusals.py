@@ -62,9 +62,6 @@ CASES = {
     "context parallel alone": Case(("--attn-cp-size", "2"), ("--attn-cp-size 2", ONE_READER)),
     "decode context parallel": Case(("--dcp-size", "2"), ("--dcp-size 2", ONE_READER)),
     "data parallel, files of each rank": Case(
-        ("--dp-size", "2"), ("--dp-size 2 with this hf3fs store", "one place on disk"), storage="hf3fs"
-    ),
-    "data parallel, files of each rank of Mooncake": Case(
         (
             *("--dp-size", "2", "--hicache-storage-backend-extra-config"),
             '{"master_server_address": "10.0.0.1:50051", "enable_ssd_offload": true, "ssd_offload_path": "/ssd"}',

@@ -284,6 +284,11 @@ def test_a_server_that_lends_memory_to_the_store_is_warned(forks: ForkServer, ar
     assert "lends host memory to the store" in mooncake_log(forks, argv, {"global_segment_size": "4gb"})
 
 
+def test_a_store_that_keeps_pages_on_disk_is_warned_of(forks: ForkServer, argv: Argv) -> None:
+    settings = {"global_segment_size": 0, "enable_ssd_offload": True, "ssd_offload_path": "/ssd"}
+    assert "ssd_offload_path of their own" in mooncake_log(forks, argv, settings)
+
+
 def test_a_server_that_lends_none_is_not_warned(forks: ForkServer, argv: Argv) -> None:
     log = mooncake_log(forks, argv, {"global_segment_size": 0, "protocol": "tcp"})
     assert "lends host memory" not in log

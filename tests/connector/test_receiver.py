@@ -15,6 +15,7 @@ from sglang.srt.disaggregation.common.conn import CommonKVReceiver
 from sglang_dualpath.connector import kv_classes, mooncake, nixl
 from sglang_dualpath.connector.gate import OpenGate
 from sglang_dualpath.connector.rooms import real_room
+from sglang_dualpath.transfer.base import PlaneGeometry, PoolGeometry
 from sglang_dualpath.transfer.mooncake import MooncakeTransport
 from sglang_dualpath.transfer.nixl import NixlTransport
 
@@ -191,13 +192,32 @@ def test_a_manager_without_a_read_path_holds_back_nothing(kind: Any) -> None:
 
 def test_a_manager_lends_the_engine_that_it_has_to_the_hop() -> None:
     engine = types.SimpleNamespace(get_session_id=lambda: "10.0.0.1:12345")
-    transport = mooncake.DualPathMooncakeKVManager.transport(types.SimpleNamespace(engine=engine))  # type: ignore[arg-type]
+    lender = types.SimpleNamespace(engine=engine)
+    transport = mooncake.DualPathMooncakeKVManager.transport(lender, object())  # type: ignore[arg-type]
     assert isinstance(transport, MooncakeTransport)
     assert transport.session == "10.0.0.1:12345"
     agent = types.SimpleNamespace(name="an agent")
-    transport = nixl.DualPathNixlKVManager.transport(types.SimpleNamespace(agent=agent))  # type: ignore[arg-type]
+    transport = nixl.DualPathNixlKVManager.transport(types.SimpleNamespace(agent=agent), object())  # type: ignore[arg-type]
     assert isinstance(transport, NixlTransport)
     assert transport.session == "an agent"
+
+
+@pytest.mark.parametrize(("stores_own", "registers"), [("10.0.0.1:12345", 0), ("10.0.0.1:777", 2), ("10.0.0.1", 2)])
+def test_pages_are_registered_once_with_an_engine_that_the_store_uses_too(stores_own: str, registers: int) -> None:
+    """Mooncake refuses memory that overlaps what it has. Its store takes SGLang's engine, under that engine's name."""
+    registered: list[int] = []
+    engine = types.SimpleNamespace(
+        get_session_id=lambda: "10.0.0.1:12345",
+        register=lambda address, length: registered.append(address),
+        deregister=registered.remove,
+    )
+    backend = types.SimpleNamespace(store=types.SimpleNamespace(get_hostname=lambda: stores_own))
+    lender = types.SimpleNamespace(engine=engine)
+    transport = mooncake.DualPathMooncakeKVManager.transport(lender, backend)  # type: ignore[arg-type]
+    transport.register(PoolGeometry((PlaneGeometry(0, 64, 64), PlaneGeometry(1 << 20, 64, 64)), 16))
+    assert len(registered) == registers
+    transport.close()
+    assert registered == []
 
 
 @pytest.mark.parametrize("backend", ["mooncake", "nixl"])

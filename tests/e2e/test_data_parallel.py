@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,25 +13,34 @@ from benchmarks.testbed.cluster import Cluster, ClusterSpec
 from benchmarks.testbed.metrics import metric_sum
 from benchmarks.testbed.servers import Role, ServerSpec
 from benchmarks.testbed.store import StoreSpec
-from tests.e2e.conftest import REPOSITORY, SETTINGS, STORE_BYTES, References, log_dir
+from tests.e2e.conftest import (
+    PATCHED,
+    REPOSITORY,
+    SETTINGS,
+    STORE_BYTES,
+    UNHOOKED,
+    References,
+    log_dir,
+)
 from tests.e2e.counters import count
-from tests.e2e.cover import Model, Row
+from tests.e2e.cover import TRANSFERS, Model, Row
 from tests.e2e.prompts import Prompts, ask_all, differences
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
-ROW = Row("file", "gateway", "gqa", "mooncake", "tp1")
+ROWS = tuple(Row("file", "gateway", "gqa", transfer, "tp1") for transfer in TRANSFERS)
 RANKS = (0, 1)
 # By turns, decode servers ask the bootstrap server who has a request; by the room's number, the default, they reckon.
-METHODS = ("round_robin", "follow_bootstrap_room") if os.environ.get("DUALPATH_TEST_ALL") else ("round_robin",)
+METHODS = ("round_robin", "follow_bootstrap_room")
+KINDS = tuple(itertools.product(METHODS, ROWS)) if os.environ.get("DUALPATH_TEST_ALL") else ((METHODS[0], ROWS[0]),)
 
 
-@pytest.fixture(scope="module", params=METHODS)
+@pytest.fixture(scope="module", params=KINDS, ids=lambda kind: f"{kind[0]}-{kind[1].transfer}")
 def cluster(
     request: pytest.FixtureRequest, model_path: Callable[[Model], Path], references: References
 ) -> Iterator[Cluster]:
-    method: str = request.param
-    references.of(ROW)  # before ours starts: both at once do not fit
+    method, row = request.param
+    references.of(row)  # before ours starts: both at once do not fit
     flags = ("--dualpath-policy", "tests.e2e.policies:Sharing", "--dualpath-chunk-bytes", "262144")
 
     def server(role: Role, *more: str) -> ServerSpec:
@@ -39,17 +49,20 @@ def cluster(
             kv_connector="dualpath",
             dp_size=len(RANKS),
             extra_flags=(*flags, *more),
-            extra_env={"PYTHONPATH": str(REPOSITORY)},
+            extra_env={"PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), PATCHED]))},
+            transfer_backend=row.transfer,
             **SETTINGS,  # type: ignore[arg-type]
         )
 
     spec = ClusterSpec(
-        model=model_path(ROW.model),
+        model=model_path(row.model),
         servers=(server("prefill", "--load-balance-method", method), server("decode")),
-        store=StoreSpec(kind=ROW.store, capacity_bytes=STORE_BYTES),
-        router=ROW.router,
+        store=StoreSpec(kind=row.store, capacity_bytes=STORE_BYTES),
+        router=row.router,
     )
-    with Cluster(spec, log_dir=log_dir(f"dp-{method}")) as cluster:
+    with Cluster(spec, log_dir=log_dir(f"dp-{method}-{row.transfer}")) as cluster:
+        for role in ("prefill", "decode"):
+            assert (UNHOOKED in cluster.server_log(role)) == bool(PATCHED)
         yield cluster
 
 
@@ -66,7 +79,7 @@ def stages(cluster: Cluster) -> dict[tuple[str, int], float]:
 def test_all_ranks_share_reads_and_outputs_are_those_of_stock(
     cluster: Cluster, prompts: Prompts, references: References
 ) -> None:
-    expected = references.of(ROW)
+    expected = references.of(ROWS[0])  # of its model and ranks, whatever the transfer
     some = {name: tokens for name, tokens in prompts.items() if 600 < len(tokens) < 4000}
     wanted = {name: expected[name] for name in some}
     assert differences(ask_all(cluster, some), wanted) == {}

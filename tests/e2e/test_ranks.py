@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -17,7 +18,7 @@ from benchmarks.testbed.servers import ServerSpec
 from benchmarks.testbed.store import StoreSpec
 from tests.e2e.conftest import REPOSITORY, calm_flags, log_dir
 from tests.e2e.counters import count
-from tests.e2e.cover import Model, Transfer
+from tests.e2e.cover import MODELS, TRANSFERS, Model, Transfer
 from tests.e2e.faulty_store import BACKEND, ROLE_ENV
 from tests.e2e.prompts import Outputs, Prompts, ask, ask_all
 
@@ -62,9 +63,9 @@ class Pair:
 
 
 # With MLA each rank reads whole pages, with GQA its own heads of them; the ranks agree in the same way.
-KINDS: tuple[tuple[Model, Transfer], ...] = (("gqa", "mooncake"), ("mla", "nixl"))
+KINDS: tuple[tuple[Model, Transfer], ...] = tuple(itertools.product(MODELS, TRANSFERS))
 if not os.environ.get("DUALPATH_TEST_ALL"):
-    KINDS = KINDS[:1]
+    KINDS = (("gqa", "mooncake"),)
 
 
 @pytest.fixture(scope="module", params=KINDS, ids="-".join)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from typing import Literal
@@ -29,16 +30,21 @@ def missing() -> str | None:
     if torch.cuda.get_device_capability() < (8, 0):
         return f"{torch.cuda.get_device_name()} cannot compute in bf16: take a GPU of compute capability 8.0 or later."
     if engine() is None:
-        return "There is no transfer engine for device memory: install mooncake-transfer-engine (or nixl) with pip."
+        wanted = os.environ.get("DUALPATH_GPU_TRANSFER") or "mooncake-transfer-engine (or nixl)"
+        return f"There is no transfer engine for device memory: install {wanted} with pip."
     return None
 
 
 def engine() -> Literal["mooncake", "nixl"] | None:
-    """The transfer engine for PD and hop: Mooncake if it is there and built for CUDA, else NIXL, else none."""
+    """The transfer engine for PD and hop: the one that DUALPATH_GPU_TRANSFER names, else Mooncake, else NIXL.
+
+    None where that is not there. A build of Mooncake without CUDA is none.
+    """
     found = [name for name in ENGINES if _has_module(name)]
     if "mooncake" in found and _has_package(_WITHOUT_CUDA):
         found.remove("mooncake")
-    return found[0] if found else None
+    wanted = os.environ.get("DUALPATH_GPU_TRANSFER")
+    return next((name for name in found if wanted in (None, "", name)), None)
 
 
 def _has_module(name: str) -> bool:

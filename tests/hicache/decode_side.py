@@ -57,6 +57,7 @@ class Tree:
     locks: Counter[Any] = field(default_factory=Counter)
     ongoing: dict[Any, Operation] = field(default_factory=dict)
     finished: list[Any] = field(default_factory=list)
+    ongoing_write_through: dict[int, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.slots = self.pool.alloc(16)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from sglang.srt.mem_cache.hicache_storage import STORAGE_BATCH_SIZE, HiCacheStorageExtraInfo
 from sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller import HybridCacheController
 
 from sglang_dualpath.compat import native
@@ -79,6 +80,52 @@ def test_a_store_that_can_be_told_whose_pages_are_read_is(monkeypatch: pytest.Mo
     ours, store = attached(monkeypatch)
     assert ours.read_pages(operation_of("ours", 0), 1, torch.arange(2 * PAGE_TOKENS)) == 2
     assert store.asked_by == ["ours" if native.has(native.STORAGE_REQUEST_HANDLE) else None]
+
+
+def test_a_store_is_asked_for_as_many_pages_at_a_time_as_upstream_asks_for() -> None:
+    asked: list[tuple[list[str], list[str]]] = []
+
+    def get(operation: Any, keys: list[str], indices: Any, extra_info: Any) -> int:
+        assert len(indices) == len(keys) * PAGE_TOKENS
+        asked.append((keys, extra_info.prefix_keys))
+        return len(keys) - (keys[-1] == hashes[-1])  # the last page is not there
+
+    hashes = [str(number) for number in range(3 * STORAGE_BATCH_SIZE)]
+    ours = controller(DualPathCacheController, Path())
+    ours._stock_page_get = get
+    operation = SimpleNamespace(handle="ours", hash_value=hashes, prefix_keys=["before"])
+    indices = torch.arange((2 * STORAGE_BATCH_SIZE + 5) * PAGE_TOKENS)
+    assert ours.read_pages(operation, 10, indices) == 2 * STORAGE_BATCH_SIZE + 5
+    assert [len(keys) for keys, _ in asked] == [STORAGE_BATCH_SIZE, STORAGE_BATCH_SIZE, 5]
+    assert [keys for keys, _ in asked] == [hashes[10:138], hashes[138:266], hashes[266:271]]
+    assert [prefix for _, prefix in asked] == [["before", *hashes[:first]] for first in (10, 138, 266)]
+    assert ours.read_pages(operation, 3 * STORAGE_BATCH_SIZE - 2, torch.arange(2 * PAGE_TOKENS)) == 1
+
+
+@pytest.mark.parametrize("prefix", [None, ["before"]])
+def test_pages_are_written_back_in_runs_that_go_on_from_their_prefix(prefix: list[str] | None) -> None:
+    written: list[tuple[list[str], list[int], list[str] | None]] = []
+    counted: list[int] = []
+
+    def put(keys: list[str], indices: Any, extra_info: Any) -> bool:
+        written.append((keys, indices.tolist(), extra_info.prefix_keys))
+        return keys != ["d"]
+
+    path: Any = SimpleNamespace(unwritten=lambda hashes, prefix: [0, 1, 3], written_back=counted.append)
+    ours = controller(DualPathCacheController, path)
+    ours._stock_page_set = put
+    about = HiCacheStorageExtraInfo(prefix_keys=prefix, extra_info={"more": 1})
+    assert not ours._set_pages(HASHES, torch.arange(4 * PAGE_TOKENS), about)
+    tokens = list(range(4 * PAGE_TOKENS))
+    assert written == [
+        (["a", "b"], tokens[: 2 * PAGE_TOKENS], prefix),
+        (["d"], tokens[3 * PAGE_TOKENS :], None if prefix is None else ["before", "a", "b", "c"]),
+    ]
+    assert counted == [2]
+    assert about.prefix_keys == prefix
+    path.unwritten = lambda hashes, prefix: []
+    assert ours._set_pages(HASHES, torch.arange(4 * PAGE_TOKENS), about)
+    assert len(written) == 2
 
 
 def controller(kind: type, path: Path | None) -> Any:

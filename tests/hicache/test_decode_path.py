@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -263,6 +265,16 @@ def test_a_flush_forgets_every_lock() -> None:
     assert node.tree.locked == 0
 
 
+def test_pages_whose_copy_to_host_memory_is_not_acknowledged_are_not_held() -> None:
+    """SGLang gives a node its host pages when it queues the copy; on a GPU they hold something else until then."""
+    node = DecodeNode(host_pages=5)
+    node.tree.ongoing_write_through[1] = SimpleNamespace(node_id=5, lock_params=None, publish_node_ids=[3, 5])
+    assert node.path._held_pages(5) == ([], [])
+    del node.tree.ongoing_write_through[1]
+    slots, held = node.path._held_pages(5)
+    assert (len(slots), held) == (5, hashes(0, 5))
+
+
 # -- write-back --------------------------------------------------------------------------------------------------------
 
 
@@ -273,9 +285,11 @@ class Storage:
         self.end = end
         self.fault = fault
         self.asked: list[list[str]] = []
+        self.prefixes: list[list[str] | None] = []
 
-    def batch_exists(self, keys: list[str], extra_info: object) -> int:
+    def batch_exists(self, keys: list[str], extra_info: Any) -> int:
         self.asked.append(keys)
+        self.prefixes.append(None if extra_info is None else extra_info.prefix_keys)
         if self.fault is not None:
             raise self.fault
         return len([key for key in keys if int(key.split()[1]) < self.end])
@@ -285,10 +299,12 @@ def test_pages_that_storage_holds_are_not_written_back() -> None:
     node = DecodeNode()
     read_two_pages(node)  # of the eight that it was told of
     node.controller.storage_backend = storage = Storage(end=10)
-    assert node.path.unwritten(hashes(0, 8)) == []
+    assert node.path.unwritten(hashes(0, 8), None) == []
     assert not storage.asked, "what a read was told is in storage is asked for again"
-    assert node.path.unwritten(hashes(6, 12)) == [4, 5]
-    assert storage.asked == [hashes(8, 12)]
+    assert node.path.unwritten(hashes(6, 12), None) == [4, 5]
+    assert node.path.unwritten(hashes(6, 12), hashes(0, 6)) == [4, 5]
+    assert storage.asked == [hashes(8, 12)] * 2
+    assert storage.prefixes == [None, hashes(0, 8)], "a store that wants it is told what comes before"
 
 
 def test_pages_are_written_back_when_storage_cannot_be_asked(caplog: pytest.LogCaptureFixture) -> None:
@@ -297,7 +313,7 @@ def test_pages_are_written_back_when_storage_cannot_be_asked(caplog: pytest.LogC
     node.controller.storage_backend = Storage(fault=OSError("no route to storage"))
     counted = metrics.FALLBACKS.value(reason="write_back_query_exception")
     with caplog.at_level("WARNING"):
-        assert node.path.unwritten(hashes(6, 12)) == [2, 3, 4, 5]
+        assert node.path.unwritten(hashes(6, 12), None) == [2, 3, 4, 5]
     assert metrics.FALLBACKS.value(reason="write_back_query_exception") == counted + 1
     (record,) = caplog.records
     assert "4 pages" in record.getMessage()

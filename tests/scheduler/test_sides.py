@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from sglang_dualpath.config import DualPathConfig
-from sglang_dualpath.scheduler.sides import DecodeSide, PrefillSide, _part_of
+from sglang_dualpath.errors import DualPathError
+from sglang_dualpath.scheduler.sides import DecodeSide, PrefillSide, _part_of, _reachable, _within
 
 ROOM = 7
 ADDRESS = "10.0.0.1:8998"
@@ -136,3 +137,26 @@ def test_engines_of_a_server_share_its_read_rate_limit(limit: int, tp_size: int,
     manager = SimpleNamespace(attn_tp_size=tp_size, system_dp_size=dp_size)
     config = DualPathConfig(read_rate_limit_bytes_per_s=limit)
     assert _part_of(config, manager).read_rate_limit_bytes_per_s == part
+
+
+def test_reads_end_before_sglang_fails_the_requests_that_wait_for_them(caplog: pytest.LogCaptureFixture) -> None:
+    config = DualPathConfig(read_deadline_s=120.0, lease_s=2.0)
+    assert _within(config, 300) is config
+    with caplog.at_level("WARNING"):
+        assert _within(config, 60).read_deadline_s == 30
+    assert "Reads end after 30 s instead of --dualpath-read-deadline 120" in caplog.text
+    with pytest.raises(DualPathError, match="SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT=4 leaves reads 2 s"):
+        _within(config, 4)
+
+
+@pytest.mark.parametrize(
+    ("bound", "address", "published"),
+    [
+        ("tcp://10.0.0.5:7000", "10.0.0.1", "tcp://10.0.0.5:7000"),
+        ("tcp://0.0.0.0:7000", "10.0.0.1", "tcp://10.0.0.1:7000"),
+        ("tcp://[::]:7000", "fd00::1", "tcp://[fd00::1]:7000"),
+        ("tcp://[fd00::2]:7000", "fd00::1", "tcp://[fd00::2]:7000"),
+    ],
+)
+def test_an_address_that_is_every_one_is_not_published(bound: str, address: str, published: str) -> None:
+    assert _reachable(bound, address) == published
