@@ -26,7 +26,7 @@ PRESETS: Mapping[str, Settings] = {
     ),
     "pair": Settings("pair", "offline", PAIR),
     "one_to_two": Settings(
-        "one_to_two", "offline", ("sgl_mc", "dualpath:split"), decode_servers=2, agents=16,
+        "one_to_two", "offline", ("sgl_mc", "dualpath:split"), decode_servers=2, agents=24,
         pools=Pools(24_000, 5.0, 36_000, 2.0),
     ),
     "two_to_two": Settings(
