@@ -49,5 +49,6 @@ PRESETS: Mapping[str, Settings] = {
         "policies", "offline",
         ("sgl_mc", "dualpath:prefill", "dualpath:decode", "dualpath:shorter_queue", "dualpath:split"), agents=8,
     ),
-    "online": Settings("online", "online", ("sgl_mc", "dualpath:split"), repetitions=1, agents=16),
+    "oracle": Settings("oracle", "offline", ("sgl_mc", "sgl_mc_default", "dualpath:split", "oracle"), repetitions=3),
+    "online": Settings("online", "online", ("sgl_mc", "dualpath:split"), repetitions=1, agents=16, passes=3),
 }  # fmt: skip
