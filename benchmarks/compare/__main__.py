@@ -34,6 +34,8 @@ def compare(
     repetitions: Annotated[int | None, typer.Option(min=1, help="Turns of each system.")] = None,
     agents: Annotated[int | None, typer.Option(min=1)] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Measured rounds of each agent.")] = None,
+    in_flight: Annotated[int | None, typer.Option(min=1, help="Requests in flight per prefill server.")] = None,
+    contexts: Annotated[str | None, typer.Option(help="Tokens of the shortest and longest context: 6000-7600.")] = None,
     snic_mbit: Annotated[int | None, typer.Option(min=0, help="Rate of storage links, Mbit/s; 0: no limit.")] = None,
     cnic_mbit: Annotated[int | None, typer.Option(min=0, help="Rate of compute links, Mbit/s; 0: no limit.")] = None,
     trace: Annotated[str | None, typer.Option(help="Trace file, or paper:32K, paper:48K, paper:64K.")] = None,
@@ -49,6 +51,8 @@ def compare(
     router: Annotated[str | None, typer.Option(help="Router of servers that run already: no testbed.")] = None,
     server: Annotated[list[str] | None, typer.Option(help="NAME=URL of each of them (prefill=…, decode=…).")] = None,
     nic: Annotated[list[str] | None, typer.Option(help="SERVER/storage=DEVICE of this machine, for bytes.")] = None,
+    page_tokens: Annotated[int | None, typer.Option(min=1, help="--page-size of those servers; 64.")] = None,
+    kv_bytes: Annotated[int | None, typer.Option(min=1, help="KV bytes per token of their model; 16384.")] = None,
 ) -> None:
     """Measure systems side by side and write result.json, report.md and plots.
 
@@ -60,19 +64,25 @@ def compare(
     if console.width < _LEAST_WIDTH:
         console = Console(highlight=False, width=_LEAST_WIDTH)
     try:
+        others = [load_result(path) for path in merge or []]  # first: a name mistyped must not cost a run
+        compared_with = None if baseline is None else load_result(baseline)
         if result is not None:
             measured = _judged_again(load_result(result), console)
         else:
             settings = _settings(
                 preset,
                 {"systems": systems, "repetitions": repetitions, "agents": agents, "rounds": rounds, "trace": trace,
-                 "snic_mbit": snic_mbit, "cnic_mbit": cnic_mbit, "load": load, "seed": seed},
-                namespaces=not loopback and router is None, console=console,
+                 "snic_mbit": snic_mbit, "cnic_mbit": cnic_mbit, "load": load, "seed": seed, "contexts": contexts,
+                 "in_flight_per_prefill": in_flight, "page_tokens": page_tokens, "kv_bytes_per_token": kv_bytes},
+                namespaces=not loopback and router is None, deployed=router is not None, console=console,
             )  # fmt: skip
             measured = _measure(settings, out, console, keep_servers, router, server or [], nic or [])
-        for path in merge or []:
-            measured = _merged([measured, load_result(path)])
-        compared_with = None if baseline is None else load_result(baseline)
+            save(measured, out / "result.json")  # whatever becomes of the rest
+        if others:
+            measured = _merged([measured, *others])
+    except ModuleNotFoundError as error:
+        console.print(f"[red]compare: {escape(str(error))}: install the benchmark's needs, as `make setup` does.")
+        raise typer.Exit(COULD_NOT_RUN) from error
     except (TestbedError, TraceError, ResultError, UnknownSystemError, typer.BadParameter) as error:
         console.print(f"[red]compare: {escape(str(error))}")
         raise typer.Exit(COULD_NOT_RUN) from error
@@ -90,20 +100,29 @@ def compare(
     raise typer.Exit(1 if wrong else 0)
 
 
-def _settings(preset: str | None, changes: dict[str, Any], *, namespaces: bool, console: Console) -> Settings:
+def _settings(
+    preset: str | None, changes: dict[str, Any], *, namespaces: bool, deployed: bool, console: Console
+) -> Settings:
     if preset is None or preset not in PRESETS:
         raise typer.BadParameter(f"Name a preset with --preset: {', '.join(PRESETS)}.")
     settings = PRESETS[preset]
     given = {name: value for name, value in changes.items() if value is not None}
     if "systems" in given:
         given["systems"] = tuple(name.strip() for name in given["systems"].split(",") if name.strip())
+    if "contexts" in given:
+        given |= _contexts(given["contexts"], settings)
     for name in ("snic_mbit", "cnic_mbit"):
-        if given.get(name) == 0:
+        # The rates of real links are not those of the testbed, and have to be said.
+        if given.get(name, 0 if deployed else None) == 0:
             given[name] = None
+    if not deployed and {"page_tokens", "kv_bytes_per_token"} & set(given):
+        raise typer.BadParameter("--page-tokens and --kv-bytes describe servers that run already: give --router, too.")
     if settings.mode == "online" and given.get("repetitions", 1) != 1:
         raise typer.BadParameter("The search for a sustained rate runs once per system: leave out --repetitions.")
     if settings.mode != "offline" and given.get("rounds", 1) != 1:
         raise typer.BadParameter("Caches cannot be dropped between rounds while others read: take --rounds 1 here.")
+    if settings.mode != "offline" and given.get("snic_mbit", settings.snic_mbit) is None:
+        raise typer.BadParameter("Requests arrive at a share of what the links carry: say their rate with --snic-mbit.")
     if namespaces and preset == "smoke" and (refusal := missing_requirement()):
         console.print(f"[yellow]{escape(refusal)} Going on over loopback.")
         namespaces = False
@@ -114,17 +133,29 @@ def _measure(
     settings: Settings, out: Path, console: Console, keep_servers: bool, router: str | None, server: list[str],
     nic: list[str],
 ) -> Result:  # fmt: skip
-    from benchmarks.compare import runner  # imports what --help and --result do not need
+    # Imports what --help and --result do not need, and matplotlib, which must not be missed after the run only.
+    from benchmarks.compare import plots, runner  # noqa: F401
 
     start = time.monotonic()
 
     def say(line: str) -> None:
         console.print(f"[dim]{time.monotonic() - start:6.0f} s[/]  {escape(line)}")
 
+    if router is not None and not server:
+        raise typer.BadParameter("Caches are dropped on every server: name each with --server NAME=URL.")
     if router is None:
         return runner.run(settings, out=out, say=say, keep_servers=keep_servers)
     deployment = runner.Deployment(router, _pairs(server, "--server"), _pairs(nic, "--nic"), settings.snic_mbit)
     return runner.run_deployed(settings, deployment, say=say)
+
+
+def _contexts(words: str, settings: Settings) -> dict[str, Any]:
+    """Settings of `6000-7600`: what is new in a round comes on top."""
+    shortest, dash, longest = words.partition("-")
+    if not (dash and shortest.isdecimal() and longest.isdecimal() and 0 < int(shortest) <= int(longest)):
+        raise typer.BadParameter(f"--contexts takes two numbers of tokens, as 6000-7600, and not {words!r}.")
+    room = settings.longest_tokens - settings.contexts[1]
+    return {"contexts": (int(shortest), int(longest)), "longest_tokens": int(longest) + room}
 
 
 def _pairs(words: list[str], option: str) -> dict[str, str]:

@@ -7,33 +7,34 @@ another machine of the same settings still means something.
 from __future__ import annotations
 
 from benchmarks.compare.schema import Ratios, Result
+from benchmarks.compare.systems import is_dualpath
 
 REFERENCE = "sgl_mc"
 TOLERANCE = 0.03  # of a ratio, by which it may fall between runs whose own intervals are narrower than that
-_SAME_SETTINGS = ("preset", "snic_mbit", "cnic_mbit", "prefill_servers", "decode_servers", "trace", "agents", "rounds",
-                  "in_flight_per_prefill", "contexts", "namespaces")  # fmt: skip
 
 
 def regressions(result: Result, baseline: Result, *, tolerance: float = TOLERANCE) -> list[str]:
-    """Sentences about every system whose throughput over `sgl_mc` is surely lower than in the baseline; none is good.
+    """Sentences about every DualPath system whose throughput over `sgl_mc` is surely lower than in the baseline.
 
+    None is good.
     Sure means: the upper end of the new interval is below the lower end of the old one by more than the tolerance.
     With one repetition there is no interval, and the values themselves are compared.
     """
     if not result.valid:
         return [f"The run itself is invalid: {'; '.join(result.reasons)}."]
-    different = [
-        name
-        for name in _SAME_SETTINGS
-        if getattr(result.settings, name) != getattr(baseline.settings, name)
-    ]
+    if not baseline.valid:
+        return [f"The baseline is an invalid run: {'; '.join(baseline.reasons)}."]
+    mine, theirs = result.settings.work(), baseline.settings.work()
+    different = [name for name in mine if mine[name] != theirs[name]]
+    if result.versions.get("model") != baseline.versions.get("model"):
+        different.append("model")
     if different:
         return [f"The baseline was measured with other settings ({', '.join(different)}): measure it anew."]
     found = []
     compared = 0
     for key, old in baseline.ratios.items():
         above, _, below = key.partition("/")
-        if below != REFERENCE or above not in result.systems or old.throughput is None:
+        if below != REFERENCE or not is_dualpath(above) or above not in result.systems or old.throughput is None:
             continue
         new = result.ratios.get(key)
         if new is None or new.throughput is None:
@@ -58,7 +59,7 @@ def below_ratio(result: Result, least: float) -> list[str]:
     """
     if not result.valid:
         return [f"The run itself is invalid: {'; '.join(result.reasons)}."]
-    ours = [system for system in result.systems if system.startswith("dualpath:")]
+    ours = [system for system in result.systems if is_dualpath(system)]
     if "dualpath:split" in ours:
         ours = ["dualpath:split"]
     found = []

@@ -26,7 +26,7 @@ PRESETS: Mapping[str, Settings] = {
     ),
     "pair": Settings("pair", "offline", PAIR),
     "one_to_two": Settings(
-        "one_to_two", "offline", ("sgl_mc", "dualpath:split"), decode_servers=2, agents=16,
+        "one_to_two", "offline", ("sgl_mc", "dualpath:split"), decode_servers=2, agents=24,
         pools=Pools(24_000, 5.0, 36_000, 2.0),
     ),
     "two_to_two": Settings(
@@ -49,5 +49,6 @@ PRESETS: Mapping[str, Settings] = {
         "policies", "offline",
         ("sgl_mc", "dualpath:prefill", "dualpath:decode", "dualpath:shorter_queue", "dualpath:split"), agents=8,
     ),
-    "online": Settings("online", "online", ("sgl_mc", "dualpath:split"), repetitions=1, agents=16),
+    "oracle": Settings("oracle", "offline", ("sgl_mc", "sgl_mc_default", "dualpath:split", "oracle"), repetitions=3),
+    "online": Settings("online", "online", ("sgl_mc", "dualpath:split"), repetitions=1, agents=16, passes=3),
 }  # fmt: skip

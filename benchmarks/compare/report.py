@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 
 from benchmarks.compare.schema import Ratios, Result
-from benchmarks.testbed import KV_BYTES_PER_TOKEN
 
 REFERENCES = ("sgl_mc", "sgl_mc_both", "dualpath:shorter_queue")  # what others are divided by in the report
 
@@ -25,7 +24,7 @@ def markdown(result: Result, plots: tuple[str, ...] = ()) -> str:
         f"{links}; {settings.agents} agents x {settings.rounds} rounds x {settings.passes} passes, {settings.mode}, "
         f"at most {settings.in_flight} requests in flight, "
         f"trace: {settings.trace or ('synthetic, low reuse' if settings.low_reuse else 'synthetic')}; "
-        f"{settings.repetitions} interleaved repetitions, medians, 95 % bootstrap intervals. The run is {verdict}.",
+        f"{_how_often(result)} The run is {verdict}.",
         "",
         *_systems(result),
         "",
@@ -50,7 +49,18 @@ def markdown(result: Result, plots: tuple[str, ...] = ()) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def _how_often(result: Result) -> str:
+    settings = result.settings
+    if settings.mode == "online":
+        return f"{settings.trial_steps} trials of each system, each of {settings.passes} waves of agents."
+    times = "repetition" if settings.repetitions == 1 else "repetitions"
+    how = "systems measured in runs of their own" if result.measured_apart else "systems in turns"
+    return f"{settings.repetitions} {times}, {how}, medians, 95 % bootstrap intervals."
+
+
 def _systems(result: Result) -> list[str]:
+    if not result.measured:
+        return []
     rows = [
         "| system | job s | tokens/s | of its link limit | of oracle | TTFT p50 / p99 s | TTST p50 s | TPOT p50 ms "
         "| ITL mean ms | read mean / p50 s | storage links busy | read | written MB | hit GB | cores busy |",
@@ -69,7 +79,8 @@ def _systems(result: Result) -> list[str]:
             f"| {_number(measured.read_mean_s)} / {_number(measured.read_p50_s)} | {busy or '-'} "
             f"| {_number(result.read_amplification.get(system), 1, 3)} "
             f"| {_number(None if written is None else float(written), 1e-6, 0)} "
-            f"| {result.hit_tokens[system] * KV_BYTES_PER_TOKEN / 1e9:.2f} | {result.cpu_busy[system]:.0%} |"
+            f"| {result.hit_tokens[system] * result.settings.kv_bytes_per_token / 1e9:.2f} "
+            f"| {_percent(None if result.settings.deployed else result.cpu_busy[system])} |"
         )
     return rows
 
@@ -120,7 +131,7 @@ def _sustained(result: Result) -> list[str]:
         return []
     slo = result.settings.slo
     rows = [
-        f"| {system} | {found.agents_per_s:.3f} "
+        f"| {system} | {'at least ' if all(trial.sustained for trial in found.trials) else ''}{found.agents_per_s:.3f} "
         f"| {', '.join(f'{trial.agents_per_s:.3f}: {trial.share_within:.0%}' for trial in found.trials)} |"
         for system, found in result.sustained.items()
     ]

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 from benchmarks.compare import systems
 from benchmarks.compare.schema import Repetition, Result, Settings, Sustained
 from benchmarks.compare.summary import summarise
@@ -21,6 +23,7 @@ from benchmarks.load import traces
 from benchmarks.load.workload import Workload
 from benchmarks.testbed import Cluster, RequirementError, TestbedError, missing_requirement, speed_model
 from benchmarks.testbed.cluster import available_bytes
+from benchmarks.testbed.state import clean_up_dead_runs
 from benchmarks.testbed.store import REPOSITORY
 
 _PACKAGES = ("sglang", "sglang-dualpath", "sglang-router", "mooncake-transfer-engine",
@@ -60,6 +63,7 @@ def run(settings: Settings, *, out: Path, say: Say, keep_servers: bool = False) 
         raise systems.UnknownSystemError("--keep-servers needs a single system: memory holds one set of servers.")
     if settings.namespaces and (refusal := missing_requirement()):
         raise RequirementError(refusal)
+    clean_up_dead_runs()  # whose servers would hold the memory that is counted next
     start = time.monotonic()
     workload = workload_of(settings)
     model = speed_model(REPOSITORY / "out" / "models")
@@ -84,6 +88,7 @@ def run_deployed(settings: Settings, deployment: Deployment, *, say: Say) -> Res
     systems.check_systems(settings)
     if len(settings.systems) != 1:
         raise systems.UnknownSystemError("A deployment is one system: say with --systems which (and --merge later).")
+    settings = msgspec.structs.replace(settings, deployed=True)
     start = time.monotonic()
     workload = workload_of(settings)
     link_bytes_per_s = None if deployment.link_mbit is None else deployment.link_mbit * 1e6 / 8

@@ -17,6 +17,8 @@ from benchmarks.compare.schema import Samples
 from benchmarks.testbed.network import Network
 
 _CLONE_NEWNET = 0x40000000
+RDMA_DEVICES = Path("/sys/class/infiniband")
+_RDMA_COUNTER_BYTES = 4  # InfiniBand's specification counts port data in words of four bytes
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
@@ -54,10 +56,22 @@ class FabricCounters:
 
 
 class LocalCounters:
-    """Network devices of this machine, by the name of the link that each is."""
+    """Devices of this machine, by the name of the link that each is: "eth1", or "mlx5_0/1", port 1 of an RDMA device.
 
-    def __init__(self, devices: Mapping[str, str]) -> None:
+    What RDMA carries does not show in a network device's counters, so its ports have their own.
+    """
+
+    def __init__(self, devices: Mapping[str, str], rdma: Path = RDMA_DEVICES) -> None:
+        """Raises ValueError, with a sentence for the user, for a device that is not there."""
         self._devices = dict(devices)
+        self._rdma = rdma
+        counters = device_bytes(Path("/proc/net/dev").read_text())
+        for link, device in self._devices.items():
+            if device not in counters and not self._port(device).is_dir():
+                raise ValueError(
+                    f"There is no device {device!r} for {link} here: take one of {', '.join(counters)}, "
+                    "or an RDMA device and its port, as mlx5_0/1."
+                )
 
     def enter(self) -> None:
         pass
@@ -66,9 +80,19 @@ class LocalCounters:
         counters = device_bytes(Path("/proc/net/dev").read_text())
         found = {}
         for link, device in self._devices.items():
-            if device in counters:
-                found[f"{link}/rx"], found[f"{link}/tx"] = counters[device]
+            for way, count in zip(("rx", "tx"), counters.get(device) or self._port_bytes(device), strict=True):
+                found[f"{link}/{way}"] = count
         return found
+
+    def _port(self, device: str) -> Path:
+        name, _, port = device.partition("/")
+        return self._rdma / name / "ports" / (port or "1") / "counters"
+
+    def _port_bytes(self, device: str) -> tuple[int, int]:
+        received, sent = (
+            int((self._port(device) / f"port_{way}_data").read_text()) * _RDMA_COUNTER_BYTES for way in ("rcv", "xmit")
+        )
+        return received, sent
 
 
 class NoCounters:

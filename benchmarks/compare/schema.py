@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from benchmarks.load.measures import Latencies, Record
+from benchmarks.testbed import KV_BYTES_PER_TOKEN, PAGE_TOKENS
 
 SCHEMA_VERSION = 1
 
@@ -28,7 +29,7 @@ class Pools(msgspec.Struct, frozen=True):
 class Slo(msgspec.Struct, frozen=True):
     """What an online request must keep, and the share of requests that must keep it."""
 
-    ttft_s: float = 15.0
+    ttft_s: float = 8.0
     tpot_s: float = 0.3
     share: float = 0.9
 
@@ -63,10 +64,18 @@ class Settings(msgspec.Struct, frozen=True):
     pools: Pools = Pools(24_000, 5.0, 66_000, 1.82)
     sample_s: float = 0.25
     seed: int = 20260
+    page_tokens: int = PAGE_TOKENS
+    kv_bytes_per_token: int = KV_BYTES_PER_TOKEN
+    deployed: bool = False
+    """Servers that somebody had started: no links of the testbed, and other machines' cores."""
 
     @property
     def in_flight(self) -> int:
         return self.in_flight_per_prefill * self.prefill_servers
+
+    def work(self) -> dict[str, Any]:
+        """What has to be the same for two results to be compared: all but who does it, and how often."""
+        return {name: getattr(self, name) for name in self.__struct_fields__ if name not in {"systems", "repetitions"}}
 
 
 class Samples(msgspec.Struct):
@@ -131,6 +140,7 @@ class Trial(msgspec.Struct):
     share_within: float
     sustained: bool
     measured: Latencies
+    records: list[Record] = []
 
 
 class Sustained(msgspec.Struct):
@@ -178,6 +188,8 @@ class Result(msgspec.Struct):
     total_s: float = 0.0
     failure: str | None = None
     """What ended the run early."""
+    measured_apart: bool = False
+    """Systems were measured in several runs, one after the other: repetitions of one number have nothing in common."""
 
 
 class ResultError(ValueError):

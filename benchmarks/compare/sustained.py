@@ -14,7 +14,8 @@ def search(
     """Halves the range from 0 to `highest_per_s` `steps` times, assuming that a higher rate never helps.
 
     `play_at(rate, trial)` plays all agents arriving at a rate per second. The answer is the largest rate that was seen
-    to hold (0 if none did), so it is below the true one by at most highest_per_s / 2**steps.
+    to hold (0 if none did), so it is below the true one by at most highest_per_s / 2**steps, unless every trial held:
+    then the true one may be any higher.
     """
     low, high = 0.0, highest_per_s
     trials = []
@@ -23,7 +24,7 @@ def search(
         records = play_at(rate, number)
         share = share_within(records, slo)
         sustained = share >= slo.share
-        trials.append(Trial(rate, share, sustained, latencies(records)))
+        trials.append(Trial(rate, share, sustained, latencies(records), list(records)))
         low, high = (rate, high) if sustained else (low, rate)
     return Sustained(low, trials)
 

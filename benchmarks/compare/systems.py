@@ -21,6 +21,7 @@ from benchmarks.testbed.cluster import ROUTER_MEMORY_BYTES
 
 SHOWN_ONLY = frozenset({"sgl_mc_default"})  # loses hits by design, so it is in no check of equal work
 STOCK = ("sgl_mc", "sgl_mc_both", "sgl_mc_default", "oracle")
+BASE_REQUESTS = 3  # lone ones, whose median TTFT read times are reckoned from
 _STORE_FILL_SHARE = 0.85  # a Mooncake store evicts above 0.9 of its capacity, and its allocator leaves gaps
 
 
@@ -114,13 +115,18 @@ def warm_up_agent(workload: Workload) -> int:
     return max(range(len(workload.trajectories)), key=lambda agent: workload.hit_tokens(agent, 0, PAGE_TOKENS))
 
 
+def warm_up_requests(settings: Settings) -> int:
+    """Before each turn: two through every server, and those that show how long one takes that loads nothing."""
+    return 2 * max(settings.prefill_servers, settings.decode_servers) + BASE_REQUESTS
+
+
 def store_bytes(settings: Settings, workload: Workload, kv_bytes: int) -> int:
     """Capacity of one system's store: contexts, and what every repetition writes back."""
     plays = settings.repetitions * settings.passes
     if settings.mode == "online":
         plays = settings.passes * settings.trial_steps
     # The requests that warm servers up end differently each time, too.
-    warm_ups = 2 * max(settings.prefill_servers, settings.decode_servers) + 1
+    warm_ups = warm_up_requests(settings)
     agent = warm_up_agent(workload)
     prompt_tokens = workload.trajectories[agent].rounds[0].prompt_tokens
     new_tokens = prompt_tokens - workload.hit_tokens(agent, 0, PAGE_TOKENS) + 3 * PAGE_TOKENS

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from benchmarks.compare import probe
 from benchmarks.compare.sampler import FabricCounters, LinkCounters, LocalCounters, NoCounters
-from benchmarks.testbed import Client, Cluster, RequestError, parse_metrics
+from benchmarks.testbed import Client, Cluster, RequestError, RequirementError, parse_metrics
 from benchmarks.testbed.cluster import STORE_NODE
 from benchmarks.testbed.metrics import Metrics
 from benchmarks.testbed.processes import listens, wait_until
@@ -122,14 +122,23 @@ class TestbedTarget:
 class DeployedTarget:
     """Servers that run already, by URL. Their storage links are devices of this machine, or unknown.
 
-    `devices` names the device of a link, as {"prefill/storage": "eth1"}. Nothing is started, ended or shaped, and there
-    is no probe: `link_bytes_per_s` says what a link of a server is known to carry.
+    `devices` names the device of a link, as {"prefill/storage": "eth1"} (see `LocalCounters`). Nothing is started,
+    ended or shaped, and there is no probe: `link_bytes_per_s` says what a link of a server is known to carry.
     """
 
     def __init__(
         self, router_url: str, servers: Mapping[str, str], devices: Mapping[str, str],
         link_bytes_per_s: float | None = None,
     ) -> None:  # fmt: skip
+        """Raises RequirementError for a device that is not there, or is of no server."""
+        for link in devices:
+            if link not in {f"{name}/storage" for name in servers}:
+                known = ", ".join(f"{name}/storage" for name in servers)
+                raise RequirementError(f"There is no link {link!r}: take {known}.")
+        try:
+            self._counters = LocalCounters(devices)
+        except ValueError as error:
+            raise RequirementError(str(error)) from error
         self._router_url = router_url
         self._clients = {name: Client(url) for name, url in servers.items()}
         self._devices = dict(devices)
@@ -168,10 +177,10 @@ class DeployedTarget:
         pass
 
     def counters(self) -> LinkCounters:
-        return LocalCounters(self._devices)
+        return self._counters
 
     def link_bytes(self) -> dict[str, int]:
-        return LocalCounters(self._devices).read()
+        return self._counters.read()
 
     def probe_bytes_per_s(self) -> dict[str, float]:
         if self._link_bytes_per_s is None:

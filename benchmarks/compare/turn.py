@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from benchmarks.compare.sampler import Sampler, busy_share, busy_span_s
 from benchmarks.compare.schema import Repetition, Samples, Settings, Sustained
 from benchmarks.compare.sustained import search
-from benchmarks.compare.systems import is_dualpath, server_names, warm_up_agent
+from benchmarks.compare.systems import BASE_REQUESTS, is_dualpath, server_names, warm_up_agent, warm_up_requests
 from benchmarks.compare.targets import Target
-from benchmarks.load.measures import Record, latencies
+from benchmarks.load.measures import Record, latencies, median
 from benchmarks.load.replay import Request, fill_requests_of, make_request, play_offline, play_poisson, requests_of
 from benchmarks.load.workload import Workload
-from benchmarks.testbed import KV_BYTES_PER_TOKEN, PAGE_TOKENS, RequestError, metric_sum
+from benchmarks.testbed import RequestError, metric_sum
 
 _FILL_IN_FLIGHT = 2
 _SETTLE_S = 0.5  # the last packets of the last request
@@ -101,11 +101,14 @@ class Turns:
         self._warm_up(0)
 
         def play_at(agents_per_s: float, trial: int) -> list[Record]:
-            self.target.flush()
-            agents = [requests for number_of_pass in range(self.settings.passes)
-                      for requests in requests_of(self.workload, f"trial{trial}.{number_of_pass}")]  # fmt: skip
-            self.say(f"{self.system}: trial {trial + 1}, {agents_per_s:.3f} agents/s, {len(agents)} agents")
-            return play_poisson(self.target.router_url, agents, agents_per_s=agents_per_s, seed=self.settings.seed)
+            self.say(f"{self.system}: trial {trial + 1}, {agents_per_s:.3f} agents/s")
+            records = []
+            for wave in range(self.settings.passes):
+                self.target.flush()  # so that every wave's hits come from storage
+                agents = requests_of(self.workload, f"trial{trial}.{wave}")
+                seed = self.settings.seed + wave
+                records += play_poisson(self.target.router_url, agents, agents_per_s=agents_per_s, seed=seed)
+            return records
 
         found = search(
             play_at, slo=self.settings.slo, highest_per_s=1.25 * self._reads_per_s(), steps=self.settings.trial_steps
@@ -130,17 +133,17 @@ class Turns:
         return took_s
 
     def _warm_up(self, number: int) -> float | None:
-        """Requests that are not measured, through every server; time to first token of one that loads nothing.
+        """Requests that are not measured, through every server; median time to first token of those that load nothing.
 
-        That request comes again with another end after the same context was served, so that its prefix is in the
-        prefill server's memory. Then caches are dropped, except the oracle's, which first gets every context.
+        These come again with other ends after the same context was served, so that their prefix is in the prefill
+        server's memory. Then caches are dropped, except the oracle's, which first gets every context.
         """
         servers = max(self.settings.prefill_servers, self.settings.decode_servers)
         agent = warm_up_agent(self.workload)
         first = self.workload.trajectories[agent].rounds[0]
         requests = [
             make_request(0, 0, self.workload.prompt_ids(agent, 0, f"warm{number}.{index}"), first.generated_tokens)
-            for index in range(2 * servers + 1)
+            for index in range(warm_up_requests(self.settings))
         ]
         self._send(requests[:servers], in_flight=1)  # loads the context into every server
         if self.system == "oracle":
@@ -149,8 +152,7 @@ class Turns:
         records = self._send(requests[servers:], in_flight=1)
         if self.system != "oracle":
             self.target.flush()
-        loaded = records[-1].cached_storage_tokens or 0
-        return records[-1].ttft_s if loaded == 0 else None
+        return median([record.ttft_s for record in records[-BASE_REQUESTS:] if not record.cached_storage_tokens])
 
     def _send(self, requests: Sequence[Request], *, in_flight: int) -> list[Record]:
         """Set-up requests, which have to succeed: raises RequestError."""
@@ -190,8 +192,8 @@ class Turns:
         mbit = self.settings.snic_mbit
         if mbit is None:
             raise RequestError("Reads at a share of the links need links of a limited rate: set --snic-mbit.")
-        hits = self.workload.total_hit_tokens(PAGE_TOKENS) / self.workload.requests
-        return len(self.target.names) * mbit * 1e6 / 8 / max(1.0, hits * KV_BYTES_PER_TOKEN)
+        hits = self.workload.total_hit_tokens(self.settings.page_tokens) / self.workload.requests
+        return len(self.target.names) * mbit * 1e6 / 8 / max(1.0, hits * self.settings.kv_bytes_per_token)
 
     def _set_read_times(
         self, records: Sequence[Record], samples: Samples, probed: dict[str, float], base_ttft_s: float | None
@@ -240,8 +242,8 @@ def read_time_method(settings: Settings) -> str:
     if settings.in_flight == 1 and settings.mode == "offline" and settings.namespaces:
         return "a request's read time is the time in which a storage link carried data for it (it was alone)"
     return (
-        "a request's read time is its TTFT less the TTFT of a request on the same servers that was alone and found its "
-        "whole context in the prefill server's memory"
+        "a request's read time is its TTFT less the median TTFT of requests on the same servers that were alone and "
+        "found their whole context in the prefill server's memory"
     )
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 
 import pytest
 
-from benchmarks.compare.sampler import Sampler, between, busy_share, busy_span_s, cpu_ticks, device_bytes
+from benchmarks.compare.sampler import LocalCounters, Sampler, between, busy_share, busy_span_s, cpu_ticks, device_bytes
 from benchmarks.compare.schema import Samples
 
 DEV = """\
@@ -91,3 +92,21 @@ def test_samples_begin_at_zero_bytes_and_never_fall() -> None:
 def test_counters_that_cannot_be_read_are_an_error_at_the_start() -> None:
     with pytest.raises(OSError, match="no root"):
         Sampler(Refusing(), every_s=0.01, groups={}).start()
+
+
+def test_rdma_ports_have_counters_of_their_own(tmp_path: Path) -> None:
+    counters = tmp_path / "mlx5_0" / "ports" / "1" / "counters"
+    counters.mkdir(parents=True)
+    (counters / "port_rcv_data").write_text("1000\n")
+    (counters / "port_xmit_data").write_text("50\n")
+    links = LocalCounters({"prefill/storage": "mlx5_0/1", "decode/storage": "lo"}, tmp_path)
+    found = links.read()
+    assert (found["prefill/storage/rx"], found["prefill/storage/tx"]) == (4000, 200)  # in words of four bytes
+    assert {"decode/storage/rx", "decode/storage/tx"} <= set(found)
+
+
+@pytest.mark.parametrize("device", ["gone0", "mlx5_0/2"])
+def test_a_device_that_is_not_there_is_an_error(tmp_path: Path, device: str) -> None:
+    (tmp_path / "mlx5_0" / "ports" / "1" / "counters").mkdir(parents=True)
+    with pytest.raises(ValueError, match=f"no device '{device}' for prefill/storage"):
+        LocalCounters({"prefill/storage": device}, tmp_path)

@@ -11,11 +11,11 @@ import pytest
 from benchmarks.compare import systems
 from benchmarks.compare.presets import PRESETS
 from benchmarks.compare.report import markdown
-from benchmarks.compare.runner import Deployment, run_deployed, workload_of
+from benchmarks.compare.runner import Deployment, run, run_deployed, workload_of
 from benchmarks.compare.schema import Settings, Slo
 from benchmarks.compare.sustained import search, share_within
 from benchmarks.load.measures import Record
-from benchmarks.testbed import PAGE_TOKENS, Cluster, ClusterSpec
+from benchmarks.testbed import PAGE_TOKENS, Cluster, ClusterSpec, RequirementError
 
 SMALL = msgspec.structs.replace(
     PRESETS["smoke"], systems=("dualpath:split",), agents=3, rounds=2, repetitions=2, contexts=(300, 400),
@@ -101,6 +101,59 @@ def test_a_sustained_rate_is_searched(server: Any, monkeypatch: pytest.MonkeyPat
     assert found.agents_per_s == found.trials[1].agents_per_s > found.trials[0].agents_per_s
 
 
+def test_trials_whose_contexts_were_in_memory_are_invalid(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def in_memory(event: dict[str, Any]) -> dict[str, Any]:
+        cached = event["meta_info"]["cached_tokens"]
+        event["meta_info"]["cached_tokens_details"] |= {"host": cached, "storage": 0}
+        return event
+
+    changes = {"mode": "online", "rounds": 1, "repetitions": 1, "trial_steps": 1, "snic_mbit": 20_000}
+    assert run_small(server, monkeypatch, **changes).valid
+    server.change = in_memory
+    result = run_small(server, monkeypatch, **changes)
+    assert result.reasons == ["dualpath:split: 0.0000 of the hit tokens came from storage"]
+
+
+def test_every_wave_of_a_trial_begins_with_empty_caches(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = {"mode": "online", "rounds": 1, "repetitions": 1, "trial_steps": 2, "passes": 3, "snic_mbit": 20_000}
+    result = run_small(server, monkeypatch, **changes)
+    assert [len(trial.records) for trial in result.sustained["dualpath:split"].trials] == [9, 9]
+    # Of two servers: after filling, after warming up, before each wave, at the end.
+    assert server.flushes == 2 * (2 + 2 * 3 + 1)
+
+
+def test_the_base_of_read_times_is_a_median(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = run_small(server, monkeypatch, repetitions=1)
+    assert result.repetitions[0].base_ttft_s is None  # the fake server has everything from storage
+
+    def in_memory(event: dict[str, Any]) -> dict[str, Any]:
+        event["meta_info"]["cached_tokens_details"]["storage"] = 0
+        return event
+
+    server.change = in_memory
+    assert run_small(server, monkeypatch, repetitions=1).repetitions[0].base_ttft_s > 0
+
+
+def test_dead_runs_are_cleaned_up_before_memory_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    monkeypatch.setattr("benchmarks.compare.runner.clean_up_dead_runs", lambda: done.append("cleaned"))
+    monkeypatch.setattr("benchmarks.compare.runner.available_bytes", lambda: done.append("counted") or 0)
+    settings = msgspec.structs.replace(PRESETS["smoke"], namespaces=False)
+    with pytest.raises(RequirementError, match="memory"):
+        run(settings, out=tmp_path, say=lambda _: None)
+    assert done == ["cleaned", "counted"]
+
+
+@pytest.mark.parametrize(
+    ("devices", "says"),
+    [({"prefill/storage": "gone0"}, "no device 'gone0' for prefill/storage"), ({"other/storage": "lo"}, "no link")],
+)
+def test_a_device_that_is_not_there_is_refused(server: Any, devices: dict[str, str], says: str) -> None:
+    settings = msgspec.structs.replace(SMALL, repetitions=1)
+    with pytest.raises(RequirementError, match=says):
+        run_deployed(settings, Deployment(server.url, {"prefill": server.url}, devices), say=lambda _: None)
+
+
 def answered(ttft_s: float) -> Record:
     return Record(0, 0, 0.0, ttft_s, ttft_s + 0.1, ttft_s + 0.2, prompt_tokens=1, output_tokens=3)
 
@@ -166,7 +219,7 @@ def test_unknown_systems_are_refused(names: tuple[str, ...]) -> None:
 def test_every_preset_fits_into_the_memory_it_was_made_for(settings: Settings) -> None:
     workload = workload_of(settings)
     specs = {system: systems.cluster_spec(system, settings, workload, Path("model")) for system in settings.systems}
-    assert sum(systems.memory_budget(settings, specs).values()) < 23.5e9
+    assert sum(systems.memory_budget(settings, specs).values()) < 23.7e9
     systems.check_systems(settings)
 
 
