@@ -68,14 +68,14 @@ def sharing_warnings(cfg: Any) -> list[str]:
     return warnings
 
 
-def shares_engine(backend: Any, session: str) -> bool:
-    """Whether the store transfers through the engine of this session, and so has registered the host pool there.
+def shares_engine(backend: Any, engine: str) -> bool:
+    """Whether the store transfers through the engine of this name, and so has registered the host pool with it.
 
     SGLang's Mooncake store takes the engine of the KV transfer, under that engine's name, where both use the same NIC
     and RDMA.
     """
     name = getattr(getattr(backend, "store", None), "get_hostname", None)
-    return name is not None and name() == session
+    return name is not None and name() == engine
 
 
 def hop_devices(cfg: Any) -> str | None:

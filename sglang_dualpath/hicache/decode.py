@@ -317,8 +317,7 @@ class DecodePath:
         hashes: list[str] = []
         if self._tree.is_root(node):
             return slots, hashes
-        # SGLang names host pages when it queues their copy out of device memory; until that is acknowledged they hold
-        # something else. Every rank acknowledges the same copies in the same tick, so ranks go on agreeing.
+        # Named when their copy out of device memory is queued, host pages hold something else until it is acknowledged.
         unfinished = {copied for copy in self._tree.ongoing_write_through.values() for copied in copy.publish_node_ids}
         core = self._tree.tree_core
         for info in core.collect_path_info([node])[0]:
