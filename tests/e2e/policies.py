@@ -1,4 +1,4 @@
-"""A policy of the tests: one that always shares."""
+"""Policies of the tests, which always share."""
 
 from __future__ import annotations
 
@@ -16,3 +16,9 @@ class Sharing:
         if read.decode is not None:
             shares.append(ReadShare(read.decode, "front"))
         return ReadPlan(tuple(shares), "both")
+
+
+class Patient(Sharing):
+    """Reads nothing before it has heard the decode engine, so that no HELLO comes too late."""
+
+    reads_ahead = False

@@ -26,7 +26,7 @@ from tests.e2e.counters import count
 from tests.e2e.cover import TRANSFERS, Model, Row
 from tests.e2e.prompts import Prompts, ask_all, differences
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1200)]
 
 ROWS = tuple(Row("file", "gateway", "gqa", transfer, "tp1") for transfer in TRANSFERS)
 RANKS = (0, 1)
@@ -41,7 +41,10 @@ def cluster(
 ) -> Iterator[Cluster]:
     method, row = request.param
     references.of(row)  # before ours starts: both at once do not fit
-    flags = ("--dualpath-policy", "tests.e2e.policies:Sharing", "--dualpath-chunk-bytes", "262144")
+    flags = (
+        "--dualpath-policy", "tests.e2e.policies:Patient", "--dualpath-chunk-bytes", "262144",
+        "--dualpath-lease", "3", "--dualpath-hello-silence", "15",
+    )  # fmt: skip
 
     def server(role: Role, *more: str) -> ServerSpec:
         return ServerSpec(

@@ -14,7 +14,7 @@ from tests.e2e.prompts import NEW_TOKENS, PAGE, Outputs, Prompts, ask, ask_all, 
 
 pytestmark = [
     pytest.mark.e2e,
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(1200),
     pytest.mark.parametrize("pair", rows(), ids=str, indirect=True),
 ]
 POLICIES = ("prefill", "decode", "shorter_queue", "split")

@@ -22,7 +22,7 @@ from tests.e2e.cover import MODELS, TRANSFERS, Model, Transfer
 from tests.e2e.faulty_store import BACKEND, ROLE_ENV
 from tests.e2e.prompts import Outputs, Prompts, ask, ask_all
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1200)]
 
 REQUESTS = 200
 AT_ONCE = 8
@@ -63,8 +63,13 @@ class Pair:
         return now.total("reserve_slots", "backing") + now.total("reserve_slots", "quarantined")
 
     def free(self) -> dict[str, int]:
-        """Tokens that are free in the host pool of each rank."""
-        return {rank: int((self._directory / f"free-{rank}").read_text()) for rank in RANKS}
+        """Tokens that are free in the host pool of each rank, as each says from now on."""
+        start, deadline = time.time(), time.monotonic() + 20
+        files = {rank: self._directory / f"free-{rank}" for rank in RANKS}
+        while min(file.stat().st_mtime for file in files.values()) <= start:
+            assert time.monotonic() < deadline, "a rank says no longer how many are free"
+            time.sleep(0.05)
+        return {rank: int(file.read_text()) for rank, file in files.items()}
 
 
 # With MLA each rank reads whole pages, with GQA its own heads of them; the ranks agree in the same way.
@@ -113,8 +118,8 @@ def pair(request: pytest.FixtureRequest, model_path: Callable[[Model], Path]) ->
     [
         ("page_s", 0.01, ("prefill.0", "decode.1")),
         ("hop_s", 0.1, ("decode.1",)),
-        ("control_s", 0.05, ("prefill.1", "decode.1")),
-        ("control_s", 0.05, ("prefill.0", "decode.0")),
+        ("control_s", 0.02, ("prefill.1", "decode.1")),
+        ("control_s", 0.02, ("prefill.0", "decode.0")),
     ],
     ids=["store read", "hop", "control", "control of rank 0"],
 )
