@@ -9,7 +9,7 @@ from tests.compat.forks import ForkServer
 from tests.compat.test_switch import OTHER_HOOKS
 
 # The first test of a run waits for the process that imports SGLang, on a machine that may be in use.
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(420)
 
 
 SWITCH = {"SGLANG_KV_CONNECTOR": "dualpath"}

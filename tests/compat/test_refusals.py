@@ -17,7 +17,7 @@ from tests.compat.conftest import Argv
 from tests.compat.forks import ForkServer, Outcome, request
 
 # The first test of a run waits for the process that imports SGLang, on a machine that may be in use.
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(420)
 
 
 ONE_READER = "do not agree on a read yet"

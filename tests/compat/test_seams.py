@@ -19,7 +19,7 @@ from sglang_dualpath.errors import SeamError
 from tests.compat.forks import PATCHED, ForkServer, Outcome
 
 # The first test of a run waits for the process that imports SGLang, on a machine that may be in use.
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(420)
 
 
 PACKAGE = Path(sglang_dualpath.__file__).parent

@@ -13,7 +13,7 @@ from tests.compat.conftest import Argv
 from tests.compat.forks import PATCHED, ForkServer
 
 # The first test of a run waits for the process that imports SGLang, on a machine that may be in use.
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(420)
 
 
 ENGINE = {"device": "cpu", "dtype": "float32", "page_size": 64, "hicache_storage_backend": "file"}

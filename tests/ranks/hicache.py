@@ -83,6 +83,7 @@ class HiCache:
         self.inserted: Callable[[str], None] = lambda handle: None
         self.storage_stop_event = threading.Event()
         self.storage_backend = None
+        self.ongoing_write_through: dict[object, Any] = {}
         self.tree_core = SimpleNamespace(
             collect_path_info=lambda nodes: [[SimpleNamespace(node_id=node) for node in nodes]],
             build_storage_backup_spec=self._backup_spec,

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from sglang_dualpath.config import DualPathConfig
 from sglang_dualpath.hicache.decode import DecodePath
 from sglang_dualpath.hicache.plans import SharedPlans
@@ -32,9 +34,12 @@ from tests.reader.hop import Hop
 from tests.reader.host import PAGE_TOKENS, Slots, Storage, content, wait_for
 from tests.reader.wire import Wire
 
+# Nothing is waited for in vain, on a machine that is busy with other things.
 CONFIG = DualPathConfig(
-    chunk_bytes=2 * PAGE_BYTES, lease_s=0.25, hello_silence_s=1.5, read_deadline_s=5.0, claims_in_flight=2
+    chunk_bytes=2 * PAGE_BYTES, lease_s=10.0, hello_silence_s=20.0, read_deadline_s=30.0, claims_in_flight=2
 )
+# For words that do not come.
+HASTY = msgspec.structs.replace(CONFIG, lease_s=0.25, hello_silence_s=1.5, read_deadline_s=5.0)
 SLOTS, RESERVE = 160, 24
 _STEP_S = 0.002
 
@@ -115,7 +120,7 @@ class PrefillRank(Rank):
         """Pages that were brought, by room."""
         self._requests: dict[str, Request] = {}
         self.reserve = Reserve(self.pool.alloc(RESERVE))
-        self.reads = PrefillReads(config=CONFIG, pages=self.pool.pages, reserve=self.reserve)
+        self.reads = PrefillReads(config=servers.config, pages=self.pool.pages, reserve=self.reserve)
         size = self.ranks.size
         self.desk = OfferDesk(
             self.reads,
@@ -181,7 +186,7 @@ class DecodeRank(Rank):
         self.queue: list[Waiting] = []
         self.hop = Hop(self.name, self.pool, servers.sessions[rank])
         self.reads = DecodeReads(
-            config=CONFIG,
+            config=servers.config,
             pages=self.pool.pages,
             engine=self.name,
             rank=rank,
@@ -251,6 +256,7 @@ class Servers:
     policy: Callable[[int], BalancingPolicy] = field(kw_only=True)
     """The prefill server's policy, by rank."""
     whole_pages: bool = False
+    config: DualPathConfig = CONFIG
 
     def __post_init__(self) -> None:
         self.storages = [Storage() for _ in range(self.size)]
@@ -258,6 +264,7 @@ class Servers:
         self.sessions: list[dict[str, Slots]] = [{} for _ in range(self.size)]
         self.channels = {role: Channels(self.size) for role in ("prefill", "decode")}
         self.greeting_s = [0.0] * self.size
+        self._held: dict[int, list[Callable[[], None]]] = {}
         self._orders: dict[str, list[Order]] = {"prefill-0": [], "decode-0": []}
         self._lock = threading.Lock()
         self._timers: list[threading.Timer] = []
@@ -280,11 +287,26 @@ class Servers:
             storage.put([f"{page_hash}{self.suffix(rank)}" for page_hash in page_hashes(prompt, 0, pages)])
 
     def later(self, rank: int, then: Callable[[], None]) -> None:
-        """A rank's look-up of its peer takes its own time."""
+        """A rank's look-up of its peer takes its own time, or as long as the test says."""
+        with self._lock:
+            if rank in self._held:
+                self._held[rank].append(then)
+                return
         timer = threading.Timer(self.greeting_s[rank], then)
         timer.daemon = True
         self._timers.append(timer)
         timer.start()
+
+    def hold_hello(self, rank: int) -> None:
+        """This decode rank says no HELLO before ``let_hello``."""
+        with self._lock:
+            self._held[rank] = []
+
+    def let_hello(self, rank: int) -> None:
+        with self._lock:
+            held = self._held.pop(rank)
+        for then in held:
+            then()
 
     def order(self, server: str, order: Order) -> None:
         with self._lock:

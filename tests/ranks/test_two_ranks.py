@@ -11,24 +11,31 @@ from contextlib import contextmanager
 import pytest
 
 from sglang_dualpath import metrics
+from sglang_dualpath.config import DualPathConfig
 from sglang_dualpath.errors import TransferError
 from sglang_dualpath.policy import load_policy
-from sglang_dualpath.protocol import Claim, Hello, Message, NoOffer, Offer
-from tests.ranks.servers import CONFIG, Request, Servers
+from sglang_dualpath.protocol import Claim, Grant, Hello, Message, NoOffer, Offer
+from tests.ranks.servers import CONFIG, HASTY, Request, Servers
 
 NO_HELLO = 'sglang_dualpath_fallbacks_total{reason="no_hello"}'
 DEAF_AFTER = 4
-LATE_S = 0.3  # more than a deaf prefill engine waits, and much less than decode ranks wait for it
 DEADLINE_S = CONFIG.read_deadline_s + 5.0
 PAGES = 18
 
 
 @contextmanager
-def running(policy: str = "split", *others: str, size: int = 2, whole_pages: bool = False) -> Iterator[Servers]:
+def running(
+    policy: str = "split", *others: str, size: int = 2, whole_pages: bool = False, config: DualPathConfig = CONFIG
+) -> Iterator[Servers]:
     """Servers whose rank 0 has the first policy, and whose last ranks have the last."""
     before = set(threading.enumerate())
     policies = [policy, *others]
-    servers = Servers(size, policy=lambda rank: load_policy(policies[min(rank, len(others))]), whole_pages=whole_pages)
+    servers = Servers(
+        size,
+        policy=lambda rank: load_policy(policies[min(rank, len(others))]),
+        whole_pages=whole_pages,
+        config=config,
+    )
     try:
         yield servers
     finally:
@@ -43,6 +50,10 @@ def one_request(servers: Servers, pages: int = PAGES) -> tuple[list[int], list[i
     """A request whose pages are all in storage; what each rank brought on prefill, and promised on decode."""
     servers.store(1, pages)
     servers.request(Request(1, 1, pages))
+    return end_of_request(servers)
+
+
+def end_of_request(servers: Servers) -> tuple[list[int], list[int]]:
     servers.end_of(1, DEADLINE_S)
     return [rank.done[1] for rank in servers.prefill], [rank.promised[1] for rank in servers.decode]
 
@@ -80,7 +91,7 @@ def test_rank_0_says_who_reads(first: str) -> None:
 @pytest.mark.parametrize("policy", ["split", "decode"])
 def test_a_hello_that_is_late_on_one_rank_is_waited_for(late: int, policy: str) -> None:
     with running(policy) as servers:
-        servers.greeting_s[late] = CONFIG.lease_s / 2
+        servers.greeting_s[late] = 0.15  # much less than it is waited for
         for prefill in servers.prefill:
             prefill.own.stop()  # who would be through by then
         done, promised = one_request(servers)
@@ -95,17 +106,45 @@ def deaf(servers: Servers) -> None:
         prefill.reads.silent_requests = DEAF_AFTER
 
 
+def request_without_hello(servers: Servers, late: tuple[int, ...]) -> None:
+    """A request whose HELLOs of some ranks have not come in time. Prefill, deaf, has begun to read; nobody ends it yet.
+
+    The other HELLOs are there before prefill has the request: how long it waits for them is not what is tested.
+    """
+    deaf(servers)
+    for rank in late:
+        servers.hold_hello(rank)
+    for storage in servers.storages:
+        storage.gate.clear()
+    servers.store(1, PAGES)
+    request = Request(1, 1, PAGES)
+    others = [prefill.reads for rank, prefill in enumerate(servers.prefill) if rank not in late]
+    servers.order("decode", lambda rank: rank.arrive(request))
+    servers.wait(lambda: all(1 in reads.rooms for reads in others), "the other HELLOs", DEADLINE_S)
+    servers.order("prefill", lambda rank: rank.arrive(request))
+
+    def unheard(rank: int) -> bool:
+        read = servers.prefill[rank].reads.by_number.get((1, 0))
+        return read is not None and read.unheard
+
+    servers.wait(lambda: all(unheard(rank) for rank in late), "prefill waits no longer", DEADLINE_S)
+
+
 @pytest.mark.parametrize("late", [0, 1])
 def test_a_hello_that_is_too_late_on_one_rank_is_refused_on_all(late: int) -> None:
     with running("decode") as servers:
-        deaf(servers)
-        servers.greeting_s[late] = LATE_S
+        request_without_hello(servers, (late,))
+        if late == 1:
+            servers.let_hello(late)
+        servers.wait(lambda: sent(servers, NoOffer)[1], "rank 1 is refused", DEADLINE_S)
         for storage in servers.storages:
-            storage.latency_s = 0.05  # prefill is still reading when it comes
-        done, promised = one_request(servers)
+            storage.gate.set()
+        done, promised = end_of_request(servers)
         assert done == [PAGES, PAGES]
         assert promised == [0, 0]
         # Rank 0 without its own decides for all before it comes, and then it is not sent any more.
+        if late == 0:
+            servers.let_hello(late)
         assert sent(servers, Hello) == ([0, 1] if late == 0 else [1, 1])
         assert sent(servers, NoOffer)[1] == 1
         servers.check()
@@ -114,12 +153,13 @@ def test_a_hello_that_is_too_late_on_one_rank_is_refused_on_all(late: int) -> No
 @pytest.mark.parametrize("late", [(0,), (1,), (0, 1)], ids=str)
 def test_a_late_hello_gets_a_share_of_what_is_left(late: tuple[int, ...]) -> None:
     with running("split") as servers:
-        deaf(servers)
+        request_without_hello(servers, late)
         for rank in late:
-            servers.greeting_s[rank] = LATE_S
+            servers.let_hello(rank)
+        servers.wait(lambda: all(sent(servers, Grant)), "both ranks claim", DEADLINE_S)
         for storage in servers.storages:
-            storage.latency_s = 0.05
-        done, promised = one_request(servers)
+            storage.gate.set()
+        done, promised = end_of_request(servers)
         assert done == [PAGES, PAGES]
         assert promised[0] == promised[1]
         assert all(sent(servers, Offer))
@@ -159,7 +199,7 @@ def test_the_prefix_that_is_promised_is_that_of_the_rank_that_read_least(slow: i
 @pytest.mark.parametrize("deaf", [0, 1])
 def test_a_rank_without_a_decode_engine_leaves_all_of_them_without(deaf: int) -> None:
     """HELLO of one pair of ranks is lost. The other pair has an offer, and must not act on it alone."""
-    with running("decode") as servers:
+    with running("decode", config=HASTY) as servers:
         servers.wires[deaf].lose = lambda sender, receiver, message: True
         done, promised = one_request(servers)
         assert done == [PAGES, PAGES]
@@ -223,14 +263,14 @@ def test_a_rank_whose_hop_is_broken_is_read_for_by_its_own_prefill_engine() -> N
 
 
 def test_a_frozen_rank_holds_up_the_others_by_its_leases_alone() -> None:
-    with running("decode") as servers:
+    with running("decode", config=HASTY) as servers:
         servers.decode[1].hop.gate.clear()
         threading.Timer(1.0, servers.decode[1].hop.gate.set).start()
         start = time.monotonic()
         servers.store(1, PAGES)
         servers.request(Request(1, 1, PAGES))
         servers.wait(lambda: all(1 in rank.done for rank in servers.prefill), "prefill is done", DEADLINE_S)
-        assert time.monotonic() - start < CONFIG.read_deadline_s
+        assert time.monotonic() - start < HASTY.read_deadline_s
         servers.end_of(1, DEADLINE_S)
         servers.check()
 
@@ -296,7 +336,8 @@ class Weather:
 @pytest.mark.parametrize("seed", range(6))
 def test_ranks_in_different_weather_do_the_same(seed: int) -> None:
     source = random.Random(seed)
-    with running(source.choice(["split", "decode"]), whole_pages=source.random() < 0.5) as servers:
+    policy, whole_pages = source.choice(["split", "decode"]), source.random() < 0.5
+    with running(policy, whole_pages=whole_pages, config=HASTY) as servers:
         Weather(servers, seed)
         rooms = range(1, 13)
         for prompt in range(6):

@@ -11,6 +11,8 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import msgspec
+
 from sglang_dualpath import metrics
 from sglang_dualpath.config import DualPathConfig
 from sglang_dualpath.ledger import Reserve
@@ -33,6 +35,8 @@ CONFIG = DualPathConfig(
     chunk_bytes=3 * PAGE_BYTES, lease_s=0.3, hello_silence_s=0.9, read_deadline_s=8.0, claims_in_flight=2,
     reader_threads=1,  # one after the other, so that tests can say which
 )
+# For tests of what no fault comes into, on a machine that is busy with other things: nothing is waited for in vain.
+PATIENT = msgspec.structs.replace(CONFIG, lease_s=10.0, hello_silence_s=20.0, read_deadline_s=60.0)
 
 
 class Engine:
@@ -224,6 +228,8 @@ class Cluster:
     """Engines of one test on one wire, with one storage."""
 
     def __init__(self, *, pusher_idle_s: float = 60.0) -> None:
+        self.config = CONFIG
+        """Of engines that are made without one."""
         self.wire = Wire()
         self.storage = Storage()
         self.sessions: dict[str, Slots] = {}
@@ -239,17 +245,18 @@ class Cluster:
         slots: int = 256,
         reserve: int = 24,
         policy: str = "split",
-        config: DualPathConfig = CONFIG,
+        config: DualPathConfig | None = None,
         readers: int = 1,
     ) -> PrefillEngine:
+        config = config or self.config
         engine = PrefillEngine(self, name, slots=slots, reserve=reserve, policy=policy, config=config, readers=readers)
         self.prefills.append(engine)
         return engine
 
     def decode(
-        self, name: str = "decode-1", *, slots: int = 256, config: DualPathConfig = CONFIG, readers: int = 1
+        self, name: str = "decode-1", *, slots: int = 256, config: DualPathConfig | None = None, readers: int = 1
     ) -> DecodeEngine:
-        engine = DecodeEngine(self, name, slots=slots, config=config, readers=readers)
+        engine = DecodeEngine(self, name, slots=slots, config=config or self.config, readers=readers)
         self.decodes.append(engine)
         return engine
 
@@ -318,4 +325,15 @@ def shared_read(
     return prefill, decode, cluster.request(hashes, held=held, stored=stored)
 
 
-__all__ = ["BATCH_PAGES", "CONFIG", "Cluster", "PAGE_BYTES", "PAGE_TOKENS", "Phase", "prompt", "running", "wait_for"]
+__all__ = [
+    "BATCH_PAGES",
+    "CONFIG",
+    "Cluster",
+    "PAGE_BYTES",
+    "PAGE_TOKENS",
+    "PATIENT",
+    "Phase",
+    "prompt",
+    "running",
+    "wait_for",
+]

@@ -6,10 +6,16 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.reader.cluster import Cluster, running
+from tests.reader.cluster import PATIENT, Cluster, running
 
 
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
     with running(Cluster()) as cluster:
         yield cluster
+
+
+@pytest.fixture
+def patient(cluster: Cluster) -> None:
+    """Engines that are made without a config of their own wait long enough for a busy machine."""
+    cluster.config = PATIENT

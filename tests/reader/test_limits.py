@@ -7,10 +7,10 @@ import time
 import msgspec
 import pytest
 
-from tests.reader.cluster import CONFIG, PAGE_BYTES, Cluster, DecodeEngine, Job, wait_for
+from tests.reader.cluster import PAGE_BYTES, PATIENT, Cluster, DecodeEngine, Job, wait_for
 
 # Leases that last while a test waits for what must not take as long.
-STILL = msgspec.structs.replace(CONFIG, read_rate_limit_bytes_per_s=1, lease_s=30.0, read_deadline_s=60.0)
+STILL = msgspec.structs.replace(PATIENT, read_rate_limit_bytes_per_s=1, lease_s=30.0)
 
 
 def whole_on_both_sides(cluster: Cluster, job: Job, decode: DecodeEngine) -> None:
@@ -44,7 +44,7 @@ def test_the_end_of_a_prefill_read_does_not_wait_for_the_limit(cluster: Cluster,
 
 
 def test_what_waits_for_the_limit_of_prefill_can_be_claimed_by_decode(cluster: Cluster) -> None:
-    prefill, decode = cluster.prefill(policy="split", config=STILL), cluster.decode()
+    prefill, decode = cluster.prefill(policy="split", config=STILL), cluster.decode(config=PATIENT)
     assert prefill.request(None, cluster.stored("first", 3)).result() == 3
     whole_on_both_sides(cluster, cluster.request(cluster.stored("a", 12)), decode)
     cluster.check()
@@ -83,8 +83,8 @@ def test_pages_in_memory_do_not_wait_for_the_limit(cluster: Cluster) -> None:
 
 
 def test_leases_outlast_the_limit(cluster: Cluster) -> None:
-    # A whole chunk would take longer than a lease: 24 pages of 64 bytes are 0.64 s.
-    config = msgspec.structs.replace(CONFIG, chunk_bytes=24 * PAGE_BYTES, lease_s=0.5, read_rate_limit_bytes_per_s=2400)
+    # A whole chunk would take longer than a lease: 24 pages of 64 bytes are 3.84 s.
+    config = msgspec.structs.replace(PATIENT, chunk_bytes=24 * PAGE_BYTES, lease_s=3.0, read_rate_limit_bytes_per_s=400)
     cluster.prefill(policy="decode", config=config, reserve=64)
     decode = cluster.decode(config=config)
     whole_on_both_sides(cluster, cluster.request(cluster.stored("a", 30)), decode)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from collections.abc import Iterator
 
 import msgspec
@@ -160,20 +162,24 @@ def test_a_cancel_is_not_answered_while_its_claim_is_at_work(cluster: Cluster) -
 
 
 def test_cancels_are_asked_again_for_every_claim_and_without_a_flood(cluster: Cluster) -> None:
+    cluster.config = msgspec.structs.replace(CONFIG, lease_s=2.0)  # no claim is taken back before all are granted
     prefill, decode = cluster.prefill(policy="decode"), cluster.decode()
     hashes = cluster.stored("a", PAGES)
+    decode.hop.gate.clear()  # every claim that may be open stays so
     job = cluster.request(hashes)
-    wait_for(lambda: len(cluster.wire.sent(Grant)) >= 2)
+    wait_for(lambda: len(cluster.wire.sent(Grant)) >= 2 * CONFIG.claims_in_flight)
     decode.freeze()
     job.result()
     prefill.reads.abandon_all()  # forgets the room
     late = {key[2] for key in prefill.reads.late}
-    sent = len(cluster.wire.sent(Cancel))
+    since_s, sent = time.monotonic(), len(cluster.wire.sent(Cancel))
     wait_for(lambda: len(cluster.wire.sent(Cancel)) >= sent + 3 * len(late))
-    counts = [sum(message.claim_id == claim for message in cluster.wire.sent(Cancel)) for claim in late]
+    asked = Counter(message.claim_id for message in cluster.wire.sent(Cancel)[sent:])
+    rounds = (time.monotonic() - since_s) / prefill.reads.cancel_every_s
     assert len(late) >= 2
-    assert max(counts) - min(counts) <= 1
-    assert max(counts) <= 6
+    assert asked.keys() == late
+    assert max(asked.values()) - min(asked.values()) <= 1
+    assert max(asked.values()) <= rounds + 1
     decode.thaw()
     decode.settle(1)
     cluster.check()

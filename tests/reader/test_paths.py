@@ -7,9 +7,12 @@ import pytest
 
 from sglang_dualpath.protocol import Claim, Decline, Done, Grant, Hello, NoOffer, NoOfferReason, Offer, Queued
 from sglang_dualpath.reader import prefill as prefill_reads
-from tests.reader.cluster import CONFIG, PAGE_BYTES, Cluster, prompt, wait_for
+from tests.reader.cluster import PAGE_BYTES, PATIENT, Cluster, prompt, wait_for
 from tests.reader.host import WAIT_S
 from tests.reader.watching import Watching
+
+# No test here is about a lease that runs out, or about silence.
+pytestmark = pytest.mark.usefixtures("patient")
 
 PAGES = 40
 
@@ -26,7 +29,8 @@ def decode_pages(cluster: Cluster) -> float:
 def test_every_policy_brings_every_page_once(cluster: Cluster, policy: str) -> None:
     _, decode = cluster.prefill(policy=policy), cluster.decode()
     hashes = cluster.stored("a", PAGES)
-    cluster.storage.latency_s = 0.005
+    # Where both read, a side that is held up for a second or two still finds something to read.
+    cluster.storage.latency_s = 0.15 if policy == "split" else 0.005
     job = cluster.request(hashes)
     assert job.result() == PAGES
     job.check()
@@ -47,9 +51,12 @@ def test_every_policy_brings_every_page_once(cluster: Cluster, policy: str) -> N
 def test_the_decode_engine_keeps_the_prefix_that_it_read(cluster: Cluster) -> None:
     prefill, decode = cluster.prefill(), cluster.decode()
     hashes = cluster.stored("a", PAGES)
-    cluster.storage.latency_s = 0.005
+    cluster.storage.gate.clear()
     decode.request(1, hashes, prefill.name)
-    assert prefill.request(1, hashes).result() == PAGES
+    job = prefill.request(1, hashes)
+    wait_for(lambda: cluster.storage.in_flight == 2, "both read")
+    cluster.storage.gate.set()
+    assert job.result() == PAGES
     decode.settle(1)
     kept = decode.jobs[1]
     kept.check()
@@ -178,7 +185,7 @@ def test_another_package_version_gets_no_offer_and_costs_no_wait(cluster: Cluste
     job = prefill.request(1, hashes)
     decode.request(1, hashes, prefill.name)
     assert job.result() == 12
-    assert job.ended_s - job.started_s < CONFIG.hello_silence_s / 2
+    assert job.ended_s - job.started_s < PATIENT.hello_silence_s / 2
     decode.settle(1)
     assert [message.reason for message in cluster.wire.sent(NoOffer)] == [NoOfferReason.VERSION]
     assert cluster.fallbacks("package_version") == 1
@@ -197,79 +204,12 @@ def test_an_engine_that_speaks_under_another_name_gets_no_offer(cluster: Cluster
     cluster.check()
 
 
-def test_a_hello_that_never_comes_is_waited_for_and_then_not(cluster: Cluster) -> None:
-    prefill = cluster.prefill(policy="decode")
-    hashes = cluster.stored("a", 12)
-    first = prefill.request(1, hashes)
-    assert first.result() == 12
-    assert CONFIG.hello_silence_s <= first.ended_s - first.started_s < 3 * CONFIG.hello_silence_s
-    for room in range(2, 5):
-        assert prefill.request(room, hashes).result() == 12
-    # Now the decode servers are taken to run without DualPath.
-    last = prefill.request(5, hashes)
-    assert last.result() == 12
-    assert last.ended_s - last.started_s < CONFIG.hello_silence_s / 2
-    assert cluster.fallbacks("no_hello") == 5
-    cluster.check()
-
-
-def test_split_reads_ahead_without_a_hello(cluster: Cluster) -> None:
-    prefill = cluster.prefill(policy="split")
-    hashes = cluster.stored("a", 12)
-    job = prefill.request(1, hashes)
-    assert job.result() == 12
-    assert job.ended_s - job.started_s < CONFIG.hello_silence_s
-    job.check()
-    cluster.check()
-
-
 def test_a_request_without_a_room_is_read_by_prefill(cluster: Cluster) -> None:
     prefill = cluster.prefill()
     hashes = cluster.stored("a", 12)
     job = prefill.request(None, hashes)
     assert job.result() == 12
     job.check()
-    cluster.check()
-
-
-def test_no_endpoint_lets_the_request_go_on(cluster: Cluster) -> None:
-    decode = cluster.decode()
-    decode.request(1, prompt("a", 4), None)
-    assert not decode.reads.pending(1)
-    assert cluster.fallbacks("prefill_without_dualpath") == 1
-    cluster.check()
-
-
-def test_an_endpoint_that_is_never_found_lets_the_request_go_on(cluster: Cluster) -> None:
-    decode = cluster.decode()
-    read = decode.reads.accepted(1, object(), match_pages=0, held_slots=[], held_hashes=[])
-    decode.reads.sought(read)
-    assert decode.reads.pending(1)
-    decode.settle(1, within_s=2 * CONFIG.hello_silence_s)
-    cluster.check()
-
-
-def test_a_request_that_never_reaches_prefill_settles(cluster: Cluster) -> None:
-    prefill, decode = cluster.prefill(), cluster.decode()
-    prefill.reads.arrived(1, "handle")
-    decode.request(1, prompt("a", 4), prefill.name)
-    wait_for(lambda: cluster.wire.sent(Hello))
-    prefill.reads.declined("handle", NoOfferReason.NO_HITS)
-    decode.settle(1, within_s=1.0)
-    assert [message.reason for message in cluster.wire.sent(NoOffer)] == [NoOfferReason.NO_HITS]
-    prefill.reads.gone("handle")
-    assert not prefill.reads._room_of
-    cluster.check()
-
-
-def test_a_waiting_decode_engine_hears_that_prefill_lives(cluster: Cluster) -> None:
-    prefill, decode = cluster.prefill(), cluster.decode()
-    prefill.reads.arrived(1, "handle")
-    read = decode.request(1, prompt("a", 4), prefill.name)
-    wait_for(lambda: read.deadline_s - decode.reads.clock() < CONFIG.read_deadline_s - 3 * CONFIG.hello_silence_s)
-    assert decode.reads.pending(1)
-    prefill.reads.gone("handle")
-    decode.settle(1, within_s=1.0)
     cluster.check()
 
 
@@ -304,14 +244,14 @@ def test_the_decode_engine_asks_for_no_more_than_its_bounds(cluster: Cluster) ->
     prefill, decode = cluster.prefill(policy="decode"), cluster.decode()
     hashes = cluster.stored("a", 60)
     decode.hop.latency_s = 0.02
-    most = 0
-    job = None
+    backing: list[int] = []
+    decode.hop.fault = lambda session: backing.append(prefill.reserve.backing)
     job = cluster.request(hashes)
     while not job.done.is_set():
-        most = max(most, prefill.reserve.backing)
+        backing.append(prefill.reserve.backing)
         job.done.wait(0.001)
     job.check()
-    assert 0 < most <= 2 * CONFIG.claims_in_flight * 3
+    assert 0 < max(backing) <= 2 * PATIENT.claims_in_flight * 3
     claims = [message.max_pages for message in cluster.wire.sent(Claim)]
     assert max(claims) <= 3
     grants, words = cluster.wire.sent(Grant), cluster.wire.sent(Done)
@@ -337,44 +277,38 @@ def test_pages_in_decode_memory_lengthen_a_hit(cluster: Cluster, monkeypatch: py
     cluster.check()
 
 
-def test_a_policy_that_never_asks_decode_waits_for_no_hello(cluster: Cluster) -> None:
-    prefill = cluster.prefill(policy="prefill")
-    prefill.reads.arrived(1, "handle")
-    started = prefill.reads.clock()
-    assert prefill.reads.held_pages("handle", 3, 9) == 0
-    assert prefill.reads.clock() - started < 0.03
-
-
 def test_a_policy_is_shown_the_measured_rates_of_the_decode_engine(cluster: Cluster) -> None:
     Watching.views.clear()
     prefill, decode = cluster.prefill(policy="tests.reader.watching:Watching"), cluster.decode()
-    cluster.storage.latency_s = 0.002
+    cluster.storage.latency_s = 0.3
     for room in (1, 2):
-        hashes = prompt(str(room), PAGES)
-        cluster.storage.put(hashes)
+        hashes = cluster.stored(str(room), PAGES)
         decode.request(room, hashes, prefill.name)
+        wait_for(lambda room=room: room in prefill.reads.rooms, "its HELLO is here")
         assert prefill.request(room, hashes).result() == PAGES
         decode.settle(room)
+        cluster.storage.latency_s = 0.0  # what is shown comes with HELLO
     first, second = Watching.views
     assert first is not None
     assert (first.read_bytes_per_s, first.hop_bytes_per_s) == (None, None)
     assert second is not None
     assert second.read_bytes_per_s is not None
     assert second.hop_bytes_per_s is not None
-    # Pages of the test engines are copied within one process: much faster than they are read.
+    # Pages of the test engines are copied within one process: faster than they are read, even if that is held up.
     assert second.hop_bytes_per_s > second.read_bytes_per_s
     cluster.check()
 
 
 def test_a_late_hello_gets_a_share_of_what_is_left(cluster: Cluster) -> None:
     prefill, decode = cluster.prefill(policy="split"), cluster.decode()
-    hashes = prompt("a", PAGES)
-    cluster.storage.put(hashes)
-    cluster.storage.latency_s = 0.05
-    job = prefill.request(1, hashes)
+    hashes = cluster.stored("a", PAGES)
+    cluster.storage.gate.clear()
     prefill.reads.silent_requests = 10  # none was heard lately, so the plan is made at once
+    job = prefill.request(1, hashes)
     wait_for(lambda: cluster.fallbacks("no_hello"))
     decode.request(1, hashes, prefill.name)
+    wait_for(lambda: cluster.storage.in_flight == 2, "both read")
+    cluster.storage.gate.set()
     assert job.result() == PAGES
     job.check()
     decode.settle(1)

@@ -6,9 +6,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 
+import msgspec
 import pytest
 
 from sglang_dualpath import metrics
+from sglang_dualpath.config import DualPathConfig
 from sglang_dualpath.control import ControlClient, ControlServer
 from sglang_dualpath.ledger import Reserve
 from sglang_dualpath.policy import load_policy
@@ -19,7 +21,7 @@ from sglang_dualpath.reader.own import OwnReaders
 from sglang_dualpath.reader.prefetch import Prefetch, ReadLimit
 from sglang_dualpath.reader.prefill import PrefillReads
 from sglang_dualpath.transfer import MemoryTransport
-from tests.reader.cluster import CONFIG, prompt, wait_for
+from tests.reader.cluster import PATIENT, prompt, wait_for
 from tests.reader.host import Slots, Storage, content
 
 KEY = b"0123456789abcdef-key"
@@ -29,7 +31,7 @@ PAGES = 24
 class Pair:
     """One prefill and one decode engine, joined by sockets."""
 
-    def __init__(self, policy: str) -> None:
+    def __init__(self, policy: str, config: DualPathConfig = PATIENT) -> None:
         self.storage = Storage()
         self.errors: list[str] = []
         self.pools = {name: Slots(128) for name in ("prefill-1", "decode-1")}
@@ -38,7 +40,7 @@ class Pair:
             transport.register(self.pools[name].pages.geometry)
         pool = self.pools["prefill-1"]
         self.reserve = Reserve(pool.alloc(16))
-        self.prefill = PrefillReads(config=CONFIG, pages=pool.pages, reserve=self.reserve)
+        self.prefill = PrefillReads(config=config, pages=pool.pages, reserve=self.reserve)
         desk = OfferDesk(
             self.prefill,
             policy=load_policy(policy),
@@ -57,7 +59,7 @@ class Pair:
             gone_grace_s=0.3,
         )
         self.decode = DecodeReads(
-            config=CONFIG,
+            config=config,
             pages=self.pools["decode-1"].pages,
             engine="decode-1",
             rank=0,
@@ -109,7 +111,7 @@ def test_a_read_over_real_sockets(closing: ExitStack, policy: str) -> None:
     closing.callback(pair.close)
     hashes = prompt("a", PAGES)
     pair.storage.put(hashes)
-    pair.storage.latency_s = 0.002
+    pair.storage.gate.clear()  # the prefill engine does not end the read before its offer is here
     read = pair.decode.accepted(7, "request", match_pages=0, held_slots=[], held_hashes=[])
     pair.decode.greet(read, pair.server.endpoint)
     wait_for(lambda: 7 in pair.prefill.rooms)
@@ -119,6 +121,7 @@ def test_a_read_over_real_sockets(closing: ExitStack, policy: str) -> None:
     waiting = threading.Thread(target=lambda: (pair.prefill.wait(ours, 0, PAGES), pair.prefill.finish(ours)))
     waiting.start()
     wait_for(lambda: read.phase in (Phase.OFFERED, Phase.SETTLED))
+    pair.storage.gate.set()
     if read.phase is Phase.OFFERED:
         theirs = pair.prefetch("decode-1", hashes)
         pair.decode.submitted(read)
@@ -158,7 +161,8 @@ def test_the_gauges_say_what_is_queued_and_what_is_spare(closing: ExitStack) -> 
 
 
 def test_a_client_that_closes_is_gone_and_its_claims_are_taken_back(closing: ExitStack) -> None:
-    pair = Pair("decode")
+    # Long before the lease ends: that it is gone is found out by what it is sent, a third of this time later.
+    pair = Pair("decode", msgspec.structs.replace(PATIENT, hello_silence_s=3.0))
     closing.callback(pair.close)
     hashes = prompt("a", PAGES)
     pair.storage.put(hashes)
