@@ -7,7 +7,8 @@ said to exist, as after an eviction between query and read. ``hop_s`` delays eac
 ``control_s`` each message that it hears: the store is loaded into the rank's process before its reads are set up.
 
 Each rank writes how many tokens of its host pool are free into ``free-<role>.<rank>``, a few times a second,
-and how often it delayed what into ``delays-<role>.<rank>``.
+and how often it delayed what into ``delays-<role>.<rank>``. While there is a file ``explain``, it also writes what
+its requests wait for into ``waiting-<role>.<rank>``.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from typing import Any
 
 import torch
 from sglang.srt.mem_cache.hicache_storage import HiCacheFile
+
+from tests.e2e.stuck import waiting_requests
 
 ROLE_ENV = "DUALPATH_TEST_ROLE"
 BACKEND = {"backend_name": "faulty", "module_path": "tests.e2e.faulty_store", "class_name": "FaultyStore",
@@ -86,6 +89,8 @@ class FaultyStore(HiCacheFile):
             if pool is not None:
                 self._write("free", str(pool.available_size()))
                 self._write("delays", json.dumps(_delays))
+            if (self._directory / "explain").exists() and (waiting := waiting_requests()):
+                self._write("waiting", waiting)
 
     def _write(self, what: str, text: str) -> None:
         unfinished = self._directory / f"{what}-{self._names[1]}.tmp"

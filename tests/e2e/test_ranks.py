@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.testbed.cluster import Cluster, ClusterSpec
+from benchmarks.testbed.errors import RequestError
 from benchmarks.testbed.servers import ServerSpec
 from benchmarks.testbed.store import StoreSpec
 from tests.e2e.conftest import REPOSITORY, calm_flags, log_dir
@@ -61,6 +63,15 @@ class Pair:
         """Reserve slots that back a claim or are in quarantine, of all ranks."""
         now = count(self.cluster)
         return now.total("reserve_slots", "backing") + now.total("reserve_slots", "quarantined")
+
+    def explain(self) -> None:
+        """Let the decode ranks say, until the requests in flight have ended, what those wait for."""
+        (self._directory / "explain").touch()
+
+    def explained(self) -> str:
+        """What they said last. They say no more."""
+        (self._directory / "explain").unlink(missing_ok=True)
+        return "\n".join(f"{file.name}: {file.read_text()}" for file in self._directory.glob("waiting-decode.*"))
 
     def free(self) -> dict[str, int]:
         """Tokens that are free in the host pool of each rank, as each says from now on."""
@@ -136,14 +147,21 @@ def test_one_rank_held_up(pair: Pair, kind: str, delay_s: float, ranks: tuple[st
 
     def one(name: str) -> tuple[bool, float]:
         start = time.monotonic()
-        right = ask(cluster, pair.prompts[name]) == pair.expected[name]
+        late = threading.Timer(DEADLINE_S + 5, pair.explain)
+        late.start()
+        try:
+            right = ask(cluster, pair.prompts[name]) == pair.expected[name]
+        except RequestError as error:
+            raise AssertionError(f"{error}\n{pair.explained()}") from error
+        finally:
+            late.cancel()
         return right, time.monotonic() - start
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
         ends = list(pool.map(one, work))
     pair.hold_up(kind, 0.0)  # on no rank
     assert sum(not right for right, _ in ends) == 0
-    assert max(seconds for _, seconds in ends) < DEADLINE_S + 5
+    assert max(seconds for _, seconds in ends) < DEADLINE_S + 5, pair.explained()
     seen = count(cluster).since(before)
     assert seen.total("pushed_bytes_total", "decode") > 0, "the decode engines were meant to take part"
     shared = [line for line in cluster.server_log("prefill")[log:].splitlines() if ", split," in line]

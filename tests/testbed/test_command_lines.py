@@ -53,6 +53,12 @@ def test_the_store_client_binds_the_storage_address(model: Path) -> None:
     assert environment["SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR"] == "/store"
 
 
+@pytest.mark.parametrize("connector", [None, "dualpath"])
+def test_no_server_closes_a_connection_that_the_router_may_use_again(connector: str | None) -> None:
+    spec = ServerSpec(role="prefill", kv_connector=connector)
+    assert int(server_environment(spec, PREFILL, STORE, {})["SGLANG_TIMEOUT_KEEP_ALIVE"]) >= 3600
+
+
 def test_a_cpu_server_schedules_without_overlap_and_copies_pages_directly(model: Path) -> None:
     command = server_command(ServerSpec(role="prefill"), PREFILL, STORE, model)
     assert flag(command, "--device") == "cpu"
