@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from sglang.srt.mem_cache.hicache_storage import HiCacheFile
 
-from tests.e2e.stuck import waiting_requests
+from tests.e2e.stuck import waiting_requests, watch_queues
 
 ROLE_ENV = "DUALPATH_TEST_ROLE"
 BACKEND = {"backend_name": "faulty", "module_path": "tests.e2e.faulty_store", "class_name": "FaultyStore",
@@ -73,6 +73,7 @@ class FaultyStore(HiCacheFile):
         self._directory = Path(self.file_path).parent
         self._names = (os.environ[ROLE_ENV], f"{os.environ[ROLE_ENV]}.{storage_config.tp_rank}")
         _delay_reads_of_this_process(self._fault)
+        watch_queues()
         threading.Thread(target=self._report, name="faulty-store-report", daemon=True).start()
 
     def _fault(self) -> Mapping[str, Any]:

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
-import gc
+import functools
 from typing import Any
+
+from sglang.srt.disaggregation.decode import DecodeTransferQueue
+
+_queues: list[Any] = []
+
+
+def watch_queues() -> None:
+    """Remember this process's transfer queues. (SGLang freezes what it made at start, so gc lists them no more.)"""
+    original = DecodeTransferQueue.pop_transferred
+
+    @functools.wraps(original)
+    def pop_transferred(self: Any, *arguments: Any, **options: Any) -> Any:
+        if self not in _queues:
+            _queues.append(self)
+        return original(self, *arguments, **options)
+
+    DecodeTransferQueue.pop_transferred = pop_transferred
 
 
 def waiting_requests() -> str:
     """A line for each request of this process that waits for its KV cache, with all that its end depends on."""
-    queues = [thing for thing in gc.get_objects() if type(thing).__name__ == "DualPathDecodeTransferQueue"]
-    return "\n".join(_line(waiting, queue.metadata_buffers) for queue in queues for waiting in list(queue.queue))
+    return "\n".join(_line(waiting, queue.metadata_buffers) for queue in _queues for waiting in list(queue.queue))
 
 
 def _line(waiting: Any, metadata: Any) -> str:
