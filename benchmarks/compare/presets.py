@@ -8,8 +8,8 @@ pools do not turn hits in storage into hits in memory. Poisson reads go to a con
 pools that evict contexts before they are asked for again were seen to lose hits in bursts.
 
 More links make a job of the same agents shorter, but not the computing of its last requests, which nothing is loaded
-beside. So `one_to_two` and `two_to_two` have as many agents as memory has room for in their stores. A round without
-links takes 7 s, of which 1 s is chance, so `unbound` plays four in each repetition.
+beside. So `one_to_two` and `two_to_two` have as many agents as memory has room for in their stores. Where links have no
+limit a round is over too soon to tell systems apart, so `unbound` plays four in each repetition.
 """
 
 from __future__ import annotations

@@ -192,8 +192,8 @@ def server_environment(spec: ServerSpec, place: Place, store: Store | None, base
         "MOONCAKE_LOCAL_HOSTNAME": place.storage_address,  # of the store's client
         "GLOO_SOCKET_IFNAME": "lo",  # its ranks are on one node
         "TOKENIZERS_PARALLELISM": "false",
-        # Not 5 s: where a server closes an idle connection just as the router sends on it, that half of a request is
-        # lost, and the router waits for the other one, which waits for it in vain.
+        # Not 5 s: a server that closes an idle connection just as the router sends on it may never see that half of a
+        # request, and the router waits for the other half, which waits for it in vain.
         "SGLANG_TIMEOUT_KEEP_ALIVE": "3600",
         # Health checks would each run a request, and readiness is known without.
         "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "false",

@@ -70,7 +70,8 @@ class Faults:
 
         def wait() -> None:
             deadline = time.monotonic() + 20
-            while any(pages(role) <= before[role] + CHUNK_PAGES for role in roles) and time.monotonic() < deadline:
+            while any(pages(role) <= before[role] + CHUNK_PAGES for role in roles):
+                assert time.monotonic() < deadline, f"not all of {', '.join(roles)} read slowly"
                 time.sleep(0.05)
 
         return wait
