@@ -40,6 +40,10 @@ class Hop:
         self._sessions = sessions
         sessions[session] = pool
 
+    def at_push(self, number: int, do: Callable[[], None]) -> None:
+        """Call ``do`` in the push of this number, before it writes, however late the test's own thread is."""
+        self.fault = lambda session: do() if self.pushes == number else None
+
     def register(self, pool: PoolGeometry) -> None:
         pass
 

@@ -117,7 +117,7 @@ def test_an_engine_that_is_always_late_by_its_own_clock_ends_its_part(cluster: C
 def test_a_hanging_push_does_not_hold_up_the_request_on_its_own_server(cluster: Cluster) -> None:
     cluster.storage.latency_s = 0.1  # the prefill engine has more to read, however late this looks
     _, decode = cluster.prefill(policy="split"), cluster.decode()
-    decode.hop.fault = lambda session: decode.hop.gate.clear() if decode.hop.pushes == 2 else None
+    decode.hop.at_push(2, decode.hop.gate.clear)
     job = cluster.request(cluster.stored("a", 200))
     wait_for(lambda: not decode.hop.gate.is_set())
     decode.settle(1, within_s=CONFIG.lease_s + BUSY_S)

@@ -9,7 +9,7 @@ import pytest
 
 from sglang_dualpath.errors import NotPushedError, TransferError
 from sglang_dualpath.protocol import Cancelled, Done, Fail, Grant, NoOffer, Settled
-from tests.reader.cluster import CONFIG, PATIENT, Cluster, DecodeEngine, prompt, shared_read, wait_for
+from tests.reader.cluster import CONFIG, PATIENT, Cluster, prompt, shared_read, wait_for
 
 PAGES = 40
 AT_ONCE_S = 3.5  # on a busy machine, and less than a lease or a deadline of PATIENT takes
@@ -155,17 +155,12 @@ def test_the_word_on_a_failed_push_does_not_free_its_slots_at_once(cluster: Clus
     cluster.check()
 
 
-def hang_in_push(decode: DecodeEngine, number: int) -> None:
-    """The push of this number hangs until the gate is opened, however late the test's own thread is."""
-    decode.hop.fault = lambda session: decode.hop.gate.clear() if decode.hop.pushes == number else None
-
-
 @pytest.mark.parametrize("policy", ["split", "decode"])
 def test_an_abort_at_prefill_returns_at_once_and_frees_only_what_is_safe(cluster: Cluster, policy: str) -> None:
     cluster.config = PATIENT
     cluster.storage.latency_s = 0.15
     prefill, decode = cluster.prefill(policy=policy), cluster.decode()
-    hang_in_push(decode, 2)
+    decode.hop.at_push(2, decode.hop.gate.clear)
     job = cluster.request(cluster.stored("a", PAGES))
     wait_for(lambda: not decode.hop.gate.is_set())
     aborted_s = time.monotonic()
@@ -185,7 +180,7 @@ def test_an_abort_at_prefill_returns_at_once_and_frees_only_what_is_safe(cluster
 def test_an_abort_at_decode_returns_at_once_and_its_pages_are_not_counted_on(cluster: Cluster, held: int) -> None:
     cluster.config = PATIENT
     _, decode = cluster.prefill(policy="decode"), cluster.decode()
-    hang_in_push(decode, held // 3 + 1)  # the first of what it reads
+    decode.hop.at_push(held // 3 + 1, decode.hop.gate.clear)  # the first of what it reads
     job = cluster.request(cluster.stored("a", PAGES), held=held)
     wait_for(lambda: not decode.hop.gate.is_set() and decode.jobs[1].completed)
     aborted_s = time.monotonic()

@@ -7,7 +7,7 @@ import time
 import msgspec
 
 from sglang_dualpath.protocol import Done, Grant, Hello, Message
-from tests.reader.cluster import CONFIG, PATIENT, Cluster, DecodeEngine, prompt, shared_read, wait_for
+from tests.reader.cluster import CONFIG, PATIENT, Cluster, prompt, shared_read, wait_for
 
 PAGES = 40
 # What takes a lease ends within this on a busy machine, and before a deadline or a push that hangs.
@@ -16,15 +16,10 @@ LEASE_S = CONFIG.lease_s + 3.5
 BY_LEASE_ALONE = msgspec.structs.replace(CONFIG, hello_silence_s=2 * LEASE_S)
 
 
-def freeze_in_push(decode: DecodeEngine, number: int) -> None:
-    """The engine freezes in its push of this number, however late the test's own thread is."""
-    decode.hop.fault = lambda session: decode.freeze() if decode.hop.pushes == number else None
-
-
 def test_a_late_write_lands_in_quarantined_slots_only(cluster: Cluster) -> None:
     cluster.storage.latency_s = 0.02
     prefill, decode = cluster.prefill(policy="decode"), cluster.decode()
-    freeze_in_push(decode, 2)
+    decode.hop.at_push(2, decode.freeze)
     job = cluster.request(cluster.stored("a", PAGES))
     wait_for(lambda: not decode.hop.gate.is_set())
     frozen_s = time.monotonic()
@@ -210,7 +205,7 @@ def test_a_push_that_hangs_does_not_stop_reads_of_other_prefill_engines(cluster:
 def test_clearing_the_pools_keeps_exposed_slots_out(cluster: Cluster) -> None:
     cluster.config = PATIENT
     prefill, decode = cluster.prefill(policy="decode"), cluster.decode()
-    freeze_in_push(decode, 1)
+    decode.hop.at_push(1, decode.freeze)
     job = cluster.request(cluster.stored("a", PAGES))
     wait_for(lambda: not decode.hop.gate.is_set() and prefill.reserve.backing)
     prefill.reads.abandon_all()

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 
 from sglang_dualpath.errors import NotPushedError, TransferError
@@ -15,88 +13,11 @@ from sglang_dualpath.protocol import MAX_METADATA_BYTES
 from sglang_dualpath.transfer import Peer, PlaneGeometry, PoolGeometry
 from sglang_dualpath.transfer import nixl as nixl_module
 from sglang_dualpath.transfer.nixl import NixlTransport
+from tests.reader.host import wait_for
+from tests.transfer.nixl_agent import Agent, Handle, nixlBackendError, nixlRemoteDisconnectError, nixlUnknownError
 
 POOL = PoolGeometry((PlaneGeometry(1000, 10, 10), PlaneGeometry(5000, 20, 8)), 6)
 PEER = Peer("there", b"about there", PoolGeometry((PlaneGeometry(7000, 10, 10), PlaneGeometry(9000, 8, 8)), 4))
-
-
-# Named as NIXL names them.
-class nixlBackendError(Exception):
-    pass
-
-
-class nixlRemoteDisconnectError(Exception):
-    pass
-
-
-class nixlUnknownError(Exception):
-    pass
-
-
-class Handle:
-    def __init__(self, name: str, log: list[str]) -> None:
-        self.name = name
-        self._log = log
-
-    def release(self) -> None:
-        self._log.append(f"release {self.name}")
-
-
-class Agent:
-    """NIXL's interface. `states` are what a write goes through, the last one for ever; an exception is raised."""
-
-    name = "here"
-
-    def __init__(self) -> None:
-        self.log: list[str] = []
-        self.states: list[str | Exception] = ["DONE"]
-        self.moved: list[tuple[list[int], list[int]]] = []
-        self.prepared: dict[str, list[list[int]]] = {}
-        self.about = b"about here"
-        self.loaded_as: bytes | str = b"there"
-        self.handles = 0
-        self.asked = 0
-
-    def register_memory(self, regions: list[tuple[int, int, int, str]], kind: str) -> object:
-        self.log.append(f"register {[region[:2] for region in regions]} {kind}")
-        return "regions"
-
-    def deregister_memory(self, regions: object) -> None:
-        self.log.append(f"deregister {regions}")
-
-    def get_partial_agent_metadata(self, regions: object, connection: bool) -> bytes:
-        assert (regions, connection) == ("regions", True)
-        return self.about
-
-    def prep_xfer_dlist(self, agent: str, runs: Any, kind: str) -> Handle:
-        assert kind == "DRAM"
-        assert runs.dtype == np.uint64
-        self.prepared[agent] = runs.tolist()
-        return Handle(f"pages of {agent or 'here'}", self.log)
-
-    def add_remote_agent(self, metadata: bytes) -> bytes | str:
-        self.log.append(f"load {metadata.decode()}")
-        return self.loaded_as
-
-    def remove_remote_agent(self, agent: str) -> None:
-        self.log.append(f"unload {agent}")
-
-    def make_prepped_xfer(self, kind: str, ours: Handle, from_: Any, theirs: Handle, to: Any) -> Handle:
-        assert (kind, ours.name, theirs.name) == ("WRITE", "pages of here", "pages of there")
-        assert from_.dtype == to.dtype == np.int32
-        self.moved.append((from_.tolist(), to.tolist()))
-        self.handles += 1
-        return Handle(f"write {self.handles}", self.log)
-
-    def transfer(self, handle: Handle) -> str:
-        return self.check_xfer_state(handle)
-
-    def check_xfer_state(self, handle: Handle) -> str:
-        self.asked += 1
-        state = self.states.pop(0) if len(self.states) > 1 else self.states[0]
-        if isinstance(state, Exception):
-            raise state
-        return state
 
 
 @pytest.fixture
@@ -199,7 +120,7 @@ def test_an_overdue_write_is_kept_until_it_has_ended(agent: Agent) -> None:
     assert not caught.value.over()
     assert "release write 1" not in agent.log
     agent.states = ["DONE"]
-    wait_until(caught.value.over)
+    wait_for(caught.value.over)
     assert agent.log[-1] == "release write 1"
     transport.push(PEER, [0], [0])
 
@@ -246,9 +167,9 @@ def test_an_overdue_write_that_fails_is_over_when_nothing_of_it_can_be_under_way
     with pytest.raises(TransferError) as caught:
         transport.push(PEER, [0], [0])
     agent.states = [nixlRemoteDisconnectError("NIXL_ERR_REMOTE_DISCONNECT")]
-    wait_until(lambda: "release write 1" in agent.log)
+    wait_for(lambda: "release write 1" in agent.log)
     assert not caught.value.over()
-    wait_until(caught.value.over)
+    wait_for(caught.value.over)
     agent.states = ["DONE"]
     transport.push(PEER, [0], [0])
     assert agent.log[-3:] == ["unload there", "load about there", "release write 2"], "its connection was dead"
@@ -263,7 +184,7 @@ def test_a_write_whose_state_cannot_be_had_may_still_be_under_way(agent: Agent) 
     assert not caught.value.over()
     assert "release write 1" not in agent.log
     agent.states = ["DONE"]
-    wait_until(caught.value.over)
+    wait_for(caught.value.over)
 
 
 class Clock:
@@ -408,10 +329,3 @@ def test_closing_gives_everything_back_once(agent: Agent) -> None:
     transport.close()
     transport.close()
     assert agent.log == ["release pages of there", "unload there", "release pages of here", "deregister regions"]
-
-
-def wait_until(so: Callable[[], bool], within_s: float = 10.0) -> None:
-    until_s = time.monotonic() + within_s
-    while not so():
-        assert time.monotonic() < until_s
-        time.sleep(0.01)
