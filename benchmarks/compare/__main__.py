@@ -119,7 +119,7 @@ def _settings(
         raise typer.BadParameter("--page-tokens and --kv-bytes describe servers that run already: give --router, too.")
     if settings.mode == "online" and given.get("repetitions", 1) != 1:
         raise typer.BadParameter("The search for a sustained rate runs once per system: leave out --repetitions.")
-    if settings.mode != "offline" and given.get("rounds", 1) != 1:
+    if settings.mode == "poisson" and given.get("rounds", 1) != 1:
         raise typer.BadParameter("Caches cannot be dropped between rounds while others read: take --rounds 1 here.")
     if settings.mode != "offline" and given.get("snic_mbit", settings.snic_mbit) is None:
         raise typer.BadParameter("Requests arrive at a share of what the links carry: say their rate with --snic-mbit.")

@@ -9,7 +9,8 @@ pools that evict contexts before they are asked for again were seen to lose hits
 
 More links make a job of the same agents shorter, but not the computing of its last requests, which nothing is loaded
 beside. So `one_to_two` and `two_to_two` have as many agents as memory has room for in their stores. Where links have no
-limit a round is over too soon to tell systems apart, so `unbound` plays four in each repetition.
+limit a round is over too soon to tell systems apart, so `unbound` plays four in each repetition. Where mostly prompts
+are computed, a few generated tokens reach a client in one burst, so agents of `low_reuse` generate more.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ PRESETS: Mapping[str, Settings] = {
     ),
     "unbound": Settings("unbound", "offline", PAIR, rounds=4, snic_mbit=None, cnic_mbit=None),
     "low_reuse": Settings(
-        "low_reuse", "offline", PAIR, low_reuse=True, agents=8, longest_tokens=6000,
+        "low_reuse", "offline", PAIR, low_reuse=True, agents=8, longest_tokens=6000, generated_tokens=32,
         pools=Pools(24_000, 4.0, 50_000, 1.9),
     ),
     "lone": Settings(

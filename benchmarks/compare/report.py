@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 
-from benchmarks.compare.schema import Ratios, Result
+from benchmarks.compare.schema import Ratios, Result, Settings, Sustained
+from benchmarks.compare.systems import is_dualpath
 
-REFERENCES = ("sgl_mc", "sgl_mc_both", "dualpath:shorter_queue")  # what others are divided by in the report
+REFERENCES = ("sgl_mc", "sgl_mc_both")  # what all others are divided by in the report
+DEFAULT = "dualpath:split"  # what users get without asking; divided by every other policy
+
+
+_FEW_CORES = 4
 
 
 def markdown(result: Result, plots: tuple[str, ...] = ()) -> str:
@@ -22,7 +27,7 @@ def markdown(result: Result, plots: tuple[str, ...] = ()) -> str:
         f"# {settings.preset}: {settings.prefill_servers} prefill and {settings.decode_servers} decode servers",
         "",
         f"{links}; {settings.agents} agents x {settings.rounds} rounds x {settings.passes} passes, {settings.mode}, "
-        f"at most {settings.in_flight} requests in flight, "
+        f"{_arrivals(settings)}, "
         f"trace: {settings.trace or ('synthetic, low reuse' if settings.low_reuse else 'synthetic')}; "
         f"{_how_often(result)} The run is {verdict}.",
         "",
@@ -47,6 +52,14 @@ def markdown(result: Result, plots: tuple[str, ...] = ()) -> str:
         "Versions: " + ", ".join(f"{name} {version}" for name, version in result.versions.items()) + ".",
     ]  # fmt: skip
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _arrivals(settings: Settings) -> str:
+    if settings.mode == "offline":
+        return f"at most {settings.in_flight} requests in flight"
+    if settings.mode == "poisson":
+        return f"reads arrive at {settings.load:.0%} of what all storage links carry"
+    return "agents arrive at rates that are searched"
 
 
 def _how_often(result: Result) -> str:
@@ -80,9 +93,19 @@ def _systems(result: Result) -> list[str]:
             f"| {_number(result.read_amplification.get(system), 1, 3)} "
             f"| {_number(None if written is None else float(written), 1e-6, 0)} "
             f"| {result.hit_tokens[system] * result.settings.kv_bytes_per_token / 1e9:.2f} "
-            f"| {_percent(None if result.settings.deployed else result.cpu_busy[system])} |"
+            f"| {_cores(result, system)} |"
         )
     return rows
+
+
+def _cores(result: Result, system: str) -> str:
+    """Of a machine with a few cores each, of one with many the mean and the busiest."""
+    if result.settings.deployed:
+        return "-"
+    each = result.core_busy.get(system, [])
+    if len(each) <= _FEW_CORES:
+        return ", ".join(map(_percent, each or [result.cpu_busy[system]]))
+    return f"{_percent(result.cpu_busy[system])}, busiest {_percent(max(each))}"
 
 
 def _fallbacks(result: Result) -> list[str]:
@@ -100,8 +123,9 @@ def _fallbacks(result: Result) -> list[str]:
 
 def _ratios(result: Result) -> list[str]:
     rows = []
-    for below in REFERENCES:
-        for above in result.systems:
+    policies = [system for system in result.systems if is_dualpath(system) and system != DEFAULT]
+    for below in (*REFERENCES, *policies):
+        for above in result.systems if below in REFERENCES else [DEFAULT]:
             ratios = result.ratios.get(f"{above}/{below}")
             if ratios is not None:
                 rows.append(_ratio_row(above, below, ratios))
@@ -132,7 +156,8 @@ def _sustained(result: Result) -> list[str]:
     slo = result.settings.slo
     rows = [
         f"| {system} | {'at least ' if all(trial.sustained for trial in found.trials) else ''}{found.agents_per_s:.3f} "
-        f"| {', '.join(f'{trial.agents_per_s:.3f}: {trial.share_within:.0%}' for trial in found.trials)} |"
+        f"| {', '.join(f'{trial.agents_per_s:.3f}: {trial.share_within:.0%}' for trial in found.trials)} "
+        f"| {_best_links(found)} |"
         for system, found in result.sustained.items()
     ]
     return [
@@ -140,11 +165,16 @@ def _sustained(result: Result) -> list[str]:
         "",
         f"At least {slo.share:.0%} of requests with TTFT up to {slo.ttft_s:g} s, TPOT up to {slo.tpot_s * 1000:g} ms.",
         "",
-        "| system | agents per s | trials: share of requests within |",
-        "|---|---:|---|",
+        "| system | agents per s | trials: share of requests within | storage links busy at that rate |",
+        "|---|---:|---|---|",
         *rows,
         "",
     ]
+
+
+def _best_links(found: Sustained) -> str:
+    held = [trial for trial in found.trials if trial.sustained and trial.agents_per_s == found.agents_per_s]
+    return ", ".join(f"{name} {value:.0%}" for trial in held for name, value in trial.snic_busy.items()) or "-"
 
 
 def _number(value: float | None, factor: float = 1.0, digits: int = 2) -> str:

@@ -88,7 +88,10 @@ def run_deployed(settings: Settings, deployment: Deployment, *, say: Say) -> Res
     systems.check_systems(settings)
     if len(settings.systems) != 1:
         raise systems.UnknownSystemError("A deployment is one system: say with --systems which (and --merge later).")
-    settings = msgspec.structs.replace(settings, deployed=True)
+    prefill_servers, decode_servers = _counted(deployment.servers)
+    settings = msgspec.structs.replace(
+        settings, deployed=True, prefill_servers=prefill_servers, decode_servers=decode_servers
+    )
     start = time.monotonic()
     workload = workload_of(settings)
     link_bytes_per_s = None if deployment.link_mbit is None else deployment.link_mbit * 1e6 / 8
@@ -101,6 +104,18 @@ def run_deployed(settings: Settings, deployment: Deployment, *, say: Say) -> Res
         failure = _take_turns(turns, settings, repetitions, sustained, say, keep_servers=True)
     return summarise(settings, workload, repetitions, sustained=sustained, versions=versions(), failure=failure,
                      total_s=round(time.monotonic() - start, 1))  # fmt: skip
+
+
+def _counted(servers: Mapping[str, str]) -> tuple[int, int]:
+    """Prefill and decode servers of a deployment. Raises RequirementError unless their names are those of a system."""
+    counts = [sum(name.startswith(role) for name in servers) for role in ("prefill", "decode")]
+    names = [*systems.server_names("prefill", counts[0]), *systems.server_names("decode", counts[1])]
+    if not all(counts) or set(names) != set(servers):
+        raise RequirementError(
+            f"Servers are named prefill, or prefill1, prefill2 and so on if there are several, and decode alike; "
+            f"these are {', '.join(servers)}."
+        )
+    return counts[0], counts[1]
 
 
 def versions() -> dict[str, str]:
@@ -130,7 +145,7 @@ def _take_turns(
                     continue
                 last = number + 1 == settings.repetitions
                 repetition = turn.play(number, keep=keep_servers and not last)
-            except TestbedError as error:
+            except (TestbedError, subprocess.TimeoutExpired) as error:
                 if not repetitions and not sustained:
                     raise
                 return f"the run ended early, in repetition {number + 1} of {turn.system}: {error}"

@@ -6,6 +6,7 @@ One thread reads a few files of /proc each time: some 0.3 ms, so four samples a 
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import threading
 import time
@@ -115,11 +116,14 @@ def device_bytes(text: str) -> dict[str, tuple[int, int]]:
     return found
 
 
-def cpu_ticks(text: str) -> tuple[int, int]:
-    """(busy, all) ticks of all cores together, from the text of /proc/stat. Waiting for a disk is not busy."""
-    fields = [int(word) for word in text.splitlines()[0].split()[1:9]]
-    idle = fields[3] + fields[4]
-    return sum(fields) - idle, sum(fields)
+def cpu_ticks(text: str) -> list[tuple[int, int]]:
+    """(busy, all) ticks of all cores, then of each, from the text of /proc/stat. Waiting for a disk is idle."""
+    ticks = []
+    for line in text.splitlines():
+        if line.startswith("cpu"):
+            fields = [int(word) for word in line.split()[1:9]]
+            ticks.append((sum(fields) - fields[3] - fields[4], sum(fields)))
+    return ticks
 
 
 class Sampler:
@@ -135,7 +139,7 @@ class Sampler:
         self._thread = threading.Thread(target=self._run, name="sampler", daemon=True)
         self._times: list[float] = []
         self._links: list[dict[str, int]] = []
-        self._ticks: list[tuple[int, int]] = []
+        self._ticks: list[list[tuple[int, int]]] = []
         self._cpu: list[dict[str, float]] = []
 
     def start(self) -> None:
@@ -153,12 +157,12 @@ class Sampler:
             raise self._error
         names = sorted(set.intersection(*(set(links) for links in self._links))) if self._links else []
         first = self._links[0]
-        pairs = zip(self._ticks, self._ticks[1:], strict=False)
-        busy = [_share(after[0] - before[0], after[1] - before[1]) for before, after in pairs]
+        together, *cores = (_busy(series) for series in zip(*self._ticks, strict=False))
         return Samples(
             times_s=[round(at - zero, 4) for at in self._times],
             link_bytes={name: [links[name] - first[name] for links in self._links] for name in names},
-            cpu_busy=[0.0, *busy],
+            cpu_busy=together,
+            core_busy=cores,
             process_cpu_s={name: self._cpu[-1][name] - self._cpu[0][name] for name in self._groups},
         )
 
@@ -240,6 +244,11 @@ def _cpu_s(pid: int) -> float:
     except OSError:
         return 0.0
     return (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
+
+
+def _busy(ticks: Sequence[tuple[int, int]]) -> list[float]:
+    pairs = itertools.pairwise(ticks)
+    return [0.0, *(_share(after[0] - before[0], after[1] - before[1]) for before, after in pairs)]
 
 
 def _share(part: float, whole: float) -> float:

@@ -85,6 +85,8 @@ class Samples(msgspec.Struct):
     link_bytes: dict[str, list[int]] = {}
     cpu_busy: list[float] = []
     """Share of all cores that was busy since the sample before, 0 for the first."""
+    core_busy: list[list[float]] = []
+    """The same of each core."""
     process_cpu_s: dict[str, float] = {}
     """CPU time of each server, the store and the router over all samples."""
 
@@ -116,6 +118,8 @@ class Repetition(msgspec.Struct):
     """Time that servers and router took to come up; 0 when they were up already."""
     fallbacks: dict[str, int] = msgspec.field(default_factory=dict)
     """How often DualPath went on without something that it had counted on, by reason, all servers together."""
+    core_busy: list[float] = []
+    """`cpu_busy` of each core."""
 
 
 class Ratios(msgspec.Struct):
@@ -141,6 +145,10 @@ class Trial(msgspec.Struct):
     sustained: bool
     measured: Latencies
     records: list[Record] = []
+    snic_busy: dict[str, float] = {}
+    link_bytes: dict[str, int] = {}
+    cpu_busy: float | None = None
+    fallbacks: dict[str, int] = {}
 
 
 class Sustained(msgspec.Struct):
@@ -188,6 +196,8 @@ class Result(msgspec.Struct):
     total_s: float = 0.0
     failure: str | None = None
     """What ended the run early."""
+    core_busy: dict[str, list[float]] = {}
+    """By system, of each core; empty in results of before it was noted, and where servers ran elsewhere."""
     measured_apart: bool = False
     """Systems were measured in several runs, one after the other: repetitions of one number have nothing in common."""
 

@@ -8,9 +8,7 @@ from benchmarks.compare.schema import Slo, Sustained, Trial
 from benchmarks.load.measures import Record, latencies
 
 
-def search(
-    play_at: Callable[[float, int], Sequence[Record]], *, slo: Slo, highest_per_s: float, steps: int
-) -> Sustained:
+def search(play_at: Callable[[float, int], Trial], *, highest_per_s: float, steps: int) -> Sustained:
     """Halves the range from 0 to `highest_per_s` `steps` times, assuming that a higher rate never helps.
 
     `play_at(rate, trial)` plays all agents arriving at a rate per second. The answer is the largest rate that was seen
@@ -21,12 +19,15 @@ def search(
     trials = []
     for number in range(steps):
         rate = (low + high) / 2
-        records = play_at(rate, number)
-        share = share_within(records, slo)
-        sustained = share >= slo.share
-        trials.append(Trial(rate, share, sustained, latencies(records), list(records)))
-        low, high = (rate, high) if sustained else (low, rate)
+        trials.append(play_at(rate, number))
+        low, high = (rate, high) if trials[-1].sustained else (low, rate)
     return Sustained(low, trials)
+
+
+def judged(agents_per_s: float, records: Sequence[Record], slo: Slo) -> Trial:
+    """A trial of these requests, which holds when enough of them kept the objective."""
+    share = share_within(records, slo)
+    return Trial(agents_per_s, share, share >= slo.share, latencies(records), list(records))
 
 
 def share_within(records: Sequence[Record], slo: Slo) -> float:

@@ -38,12 +38,19 @@ def check_systems(settings: Settings) -> None:
             raise UnknownSystemError(f"There is no system {name!r}: take {', '.join(STOCK)} or dualpath:POLICY.")
         if is_dualpath(name):
             dualpath_flags(name)
+    if "oracle" in settings.systems and settings.mode == "online":
+        raise UnknownSystemError("Caches are dropped between waves, and the oracle lives from them: leave it out.")
     if "oracle" in settings.systems and settings.prefill_servers > 1:
         raise UnknownSystemError("The oracle needs one prefill server: with more, a router sends agents to either.")
 
 
 def is_dualpath(system: str) -> bool:
     return system.startswith("dualpath:")
+
+
+def policy_of(system: str) -> str | None:
+    """The policy in `dualpath:POLICY+NAME=VALUE…`; None for stock."""
+    return system.removeprefix("dualpath:").split("+")[0] if is_dualpath(system) else None
 
 
 def dualpath_flags(system: str) -> tuple[str, ...]:

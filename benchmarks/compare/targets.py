@@ -57,6 +57,7 @@ class TestbedTarget:
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
+        self._turns = 0
 
     @property
     def names(self) -> list[str]:
@@ -70,7 +71,15 @@ class TestbedTarget:
         self.cluster.resume()
 
     def suspend(self) -> None:
+        """Servers' logs go to a folder of their turn, for the next one's begin anew."""
         self.cluster.suspend()
+        self._turns += 1
+        for name in (*self.names, "router"):
+            log = self.cluster.log_dir / f"{name}.log"
+            if log.exists():
+                folder = self.cluster.log_dir / f"turn{self._turns}"
+                folder.mkdir(exist_ok=True)
+                log.rename(folder / log.name)
 
     def flush(self) -> None:
         self.cluster.flush(deadline_s=240.0)

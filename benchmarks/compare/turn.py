@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from benchmarks.compare.sampler import Sampler, busy_share, busy_span_s
-from benchmarks.compare.schema import Repetition, Samples, Settings, Sustained
-from benchmarks.compare.sustained import search
-from benchmarks.compare.systems import BASE_REQUESTS, is_dualpath, server_names, warm_up_agent, warm_up_requests
+from benchmarks.compare.sampler import busy_span_s
+from benchmarks.compare.schema import Repetition, Samples, Settings, Sustained, Trial
+from benchmarks.compare.sustained import judged, search
+from benchmarks.compare.systems import BASE_REQUESTS, policy_of, server_names, warm_up_agent, warm_up_requests
 from benchmarks.compare.targets import Target
-from benchmarks.load.measures import Record, latencies, median
+from benchmarks.compare.watch import Seen, Watch, Windows, added
+from benchmarks.load.measures import Latencies, Record, latencies, median
 from benchmarks.load.replay import Request, fill_requests_of, make_request, play_offline, play_poisson, requests_of
 from benchmarks.load.workload import Workload
-from benchmarks.testbed import RequestError, metric_sum
+from benchmarks.testbed import RequestError
 
 _FILL_IN_FLIGHT = 2
-_SETTLE_S = 0.5  # the last packets of the last request
 _LEAST_READ_SHARE = 0.1  # of a link's rate, that counts as reading when one request is alone
 
 Say = Callable[[str], None]
@@ -45,74 +44,77 @@ class Turns:
             for number_of_pass in range(self.settings.passes)
             for requests in requests_of(self.workload, f"{number}.{number_of_pass}")
         ]
-        counted, fallbacks = self._counted_read_bytes(), self._fallbacks()
-        token_times = self._token_times()
-        before = self.target.link_bytes()
-        sampler = Sampler(self.target.counters(), every_s=self.settings.sample_s, groups=self.target.process_groups())
-        sampler.start()
-        zero = time.perf_counter()
+        watch = Watch(self.system, self.target, sample_s=self.settings.sample_s)
         try:
-            records, windows_s = self._load(agents, number, zero)
-            time.sleep(_SETTLE_S)
-        finally:
-            samples = sampler.stop(zero)
-        after = self.target.link_bytes()
-        counted = {name: value - counted[name] for name, value in self._counted_read_bytes().items()}
-        fallbacks = self._fallbacks() - fallbacks
-        seconds, tokens = (now - then for now, then in zip(self._token_times(), token_times, strict=True))
-        itl_mean_s = seconds / tokens if tokens else None
+            records, windows_s = self._load(agents, number, watch)
+        except BaseException:
+            watch.abandon()
+            raise
+        seen = watch.stop()
         self.target.flush()
-        written = _added(self.target.link_bytes(), before)
+        written = added(self.target.link_bytes(), watch.link_bytes_before)
         if not keep:
             self.target.suspend()
-        self._set_read_times(records, samples, probed, base_ttft_s)
-        measured = latencies(records)
-        measured.itl_mean_s = itl_mean_s
-        if len(windows_s) > 1:  # dropping caches between rounds is not the job's time
-            measured.jct_s = sum(end - begin for begin, end in windows_s)
-            tokens = sum(record.prompt_tokens + record.output_tokens for record in records if record.error is None)
-            measured.throughput_tokens_per_s = tokens / measured.jct_s if measured.jct_s else 0.0
-        carried = _added(after, before)
         return Repetition(
             system=self.system,
             number=number,
             records=records,
-            measured=measured,
+            measured=self._measured(records, windows_s, seen, probed, base_ttft_s),
             windows_s=windows_s,
-            samples=samples,
-            link_bytes=carried,
+            samples=seen.samples,
+            link_bytes=seen.link_bytes,
             probe_bytes_per_s=probed,
-            snic_busy={name: busy_share(samples, f"{name}/storage/rx", windows_s, rate)
-                       for name, rate in probed.items()},
+            snic_busy=seen.snic_busy(probed, windows_s),
             hit_tokens=sum(record.cached_tokens for record in records),
-            read_bytes=_sum_of(carried, self.target.names, "storage/rx"),
-            counted_read_bytes=counted,
+            read_bytes=_sum_of(seen.link_bytes, self.target.names, "storage/rx"),
+            counted_read_bytes=seen.counted_read_bytes,
             written_bytes=_sum_of(written, self.target.names, "storage/tx"),
-            cpu_busy=_mean_busy(samples, windows_s),
+            cpu_busy=seen.cpu_busy(windows_s),
+            core_busy=seen.core_busy(windows_s),
             base_ttft_s=base_ttft_s,
             failed=self._failed(agents, records),
             start_s=start_s,
-            fallbacks=dict(fallbacks),
-        )  # fmt: skip
+            fallbacks=seen.fallbacks,
+        )
 
     def sustained(self) -> Sustained:
-        """The largest rate of agents at which the SLO holds; servers are down afterwards."""
+        """The largest rate of agents at which the SLO holds; servers are down afterwards.
+
+        Not searched above what the storage links that the system may read through carry: a wave of a few agents is
+        over before the queue of such a rate shows.
+        """
         self._prepare(0)
-        self._warm_up(0)
+        base_ttft_s = self._warm_up(0)
+        probed = self.target.probe_bytes_per_s()
 
-        def play_at(agents_per_s: float, trial: int) -> list[Record]:
+        def play_at(agents_per_s: float, trial: int) -> Trial:
             self.say(f"{self.system}: trial {trial + 1}, {agents_per_s:.3f} agents/s")
-            records = []
-            for wave in range(self.settings.passes):
-                self.target.flush()  # so that every wave's hits come from storage
-                agents = requests_of(self.workload, f"trial{trial}.{wave}")
-                seed = self.settings.seed + wave
-                records += play_poisson(self.target.router_url, agents, agents_per_s=agents_per_s, seed=seed)
-            return records
+            records: list[Record] = []
+            windows_s = []
+            watch = Watch(self.system, self.target, sample_s=self.settings.sample_s)
+            try:
+                for wave in range(self.settings.passes):
+                    self.target.flush()  # so that every wave's hits come from storage
+                    agents = requests_of(self.workload, f"trial{trial}.{wave}")
+                    seed = self.settings.seed + wave
+                    begin_s = watch.now_s
+                    played = play_poisson(self.target.router_url, agents, agents_per_s=agents_per_s, seed=seed)
+                    windows_s.append((begin_s, watch.now_s))
+                    records += _moved(played, begin_s)
+            except BaseException:
+                watch.abandon()
+                raise
+            seen = watch.stop()
+            found = judged(agents_per_s, records, self.settings.slo)
+            found.measured = self._measured(records, windows_s, seen, probed, base_ttft_s)
+            found.snic_busy = seen.snic_busy(probed, windows_s)
+            found.link_bytes = seen.link_bytes
+            found.cpu_busy = seen.cpu_busy(windows_s)
+            found.fallbacks = seen.fallbacks
+            return found
 
-        found = search(
-            play_at, slo=self.settings.slo, highest_per_s=1.25 * self._reads_per_s(), steps=self.settings.trial_steps
-        )
+        links = len(storage_readers(self.system, self.settings))
+        found = search(play_at, highest_per_s=links * self._reads_per_s_and_link(), steps=self.settings.trial_steps)
         self.target.flush()
         self.target.suspend()
         return found
@@ -163,15 +165,15 @@ class Turns:
         return records
 
     def _load(
-        self, agents: list[list[Request]], number: int, zero: float
+        self, agents: list[list[Request]], number: int, watch: Watch
     ) -> tuple[list[Record], list[tuple[float, float]]]:
         """Play everything; caches are dropped between rounds, so that each round's hits come from storage."""
         url = self.target.router_url
         if self.settings.mode == "poisson":
-            begin_s = time.perf_counter() - zero
-            rate = self.settings.load * self._reads_per_s()
+            begin_s = watch.now_s
+            rate = self.settings.load * len(self.target.names) * self._reads_per_s_and_link()
             records = play_poisson(url, agents, agents_per_s=rate, seed=self.settings.seed + number)
-            return _moved(records, begin_s), [(begin_s, time.perf_counter() - zero)]
+            return _moved(records, begin_s), [(begin_s, watch.now_s)]
         all_records: list[Record] = []
         windows_s = []
         lost: set[int] = set()
@@ -180,20 +182,34 @@ class Turns:
             if index and self.system != "oracle":
                 self.target.flush()
             wave = [requests[index : index + 1] for requests in agents if requests[0].agent not in lost]
-            begin_s = time.perf_counter() - zero
+            begin_s = watch.now_s
             records = play_offline(url, wave, in_flight=self.settings.in_flight)
-            windows_s.append((begin_s, time.perf_counter() - zero))
+            windows_s.append((begin_s, watch.now_s))
             all_records += _moved(records, begin_s)
             lost |= {record.agent for record in records if record.error is not None}
         return all_records, windows_s
 
-    def _reads_per_s(self) -> float:
-        """Requests per second whose reads fill the storage links of all servers."""
+    def _reads_per_s_and_link(self) -> float:
+        """Requests per second whose reads fill one storage link."""
         mbit = self.settings.snic_mbit
         if mbit is None:
             raise RequestError("Reads at a share of the links need links of a limited rate: set --snic-mbit.")
         hits = self.workload.total_hit_tokens(self.settings.page_tokens) / self.workload.requests
-        return len(self.target.names) * mbit * 1e6 / 8 / max(1.0, hits * self.settings.kv_bytes_per_token)
+        return mbit * 1e6 / 8 / max(1.0, hits * self.settings.kv_bytes_per_token)
+
+    def _measured(
+        self, records: Sequence[Record], windows_s: Windows, seen: Seen, probed: dict[str, float],
+        base_ttft_s: float | None,
+    ) -> Latencies:  # fmt: skip
+        """Of all requests, whose read times are set; time between windows, in which caches are dropped, is no job's."""
+        self._set_read_times(records, seen.samples, probed, base_ttft_s)
+        measured = latencies(records)
+        measured.itl_mean_s = seen.itl_mean_s
+        if len(windows_s) > 1:
+            measured.jct_s = sum(end - begin for begin, end in windows_s)
+            tokens = sum(record.prompt_tokens + record.output_tokens for record in records if record.error is None)
+            measured.throughput_tokens_per_s = tokens / measured.jct_s if measured.jct_s else 0.0
+        return measured
 
     def _set_read_times(
         self, records: Sequence[Record], samples: Samples, probed: dict[str, float], base_ttft_s: float | None
@@ -207,28 +223,6 @@ class Turns:
                 record.read_s = busy_span_s(samples, links, record.sent_s, record.first_s, least)
             elif base_ttft_s is not None:
                 record.read_s = max(0.0, record.first_s - record.sent_s - base_ttft_s)
-
-    def _counted_read_bytes(self) -> dict[str, int]:
-        if not is_dualpath(self.system):
-            return {}
-        return {name: round(metric_sum(self.target.metrics(name), "sglang_dualpath_read_bytes_total"))
-                for name in self.target.names}  # fmt: skip
-
-    def _token_times(self) -> tuple[float, float]:
-        """Sum of the times between tokens, and their number, over all decode servers so far."""
-        metrics = [self.target.metrics(name) for name in self.target.names if name.startswith("decode")]
-        what = "sglang:inter_token_latency_seconds_"
-        seconds, tokens = (sum(metric_sum(one, what + part) for one in metrics) for part in ("sum", "count"))
-        return seconds, tokens
-
-    def _fallbacks(self) -> Counter[str]:
-        counts: Counter[str] = Counter()
-        if is_dualpath(self.system):
-            for name in self.target.names:
-                for (metric, labels), value in self.target.metrics(name).items():
-                    if metric == "sglang_dualpath_fallbacks_total":
-                        counts[dict(labels)["reason"]] += round(value)
-        return counts
 
     @staticmethod
     def _failed(agents: Sequence[Sequence[Request]], records: Sequence[Record]) -> int:
@@ -253,9 +247,10 @@ def storage_readers(system: str, settings: Settings) -> list[str]:
     decode = server_names("decode", settings.decode_servers)
     if system == "oracle":
         return []
-    if system == "dualpath:decode":
+    policy = policy_of(system)
+    if policy == "decode":
         return decode
-    if system == "dualpath:prefill" or not is_dualpath(system):
+    if policy == "prefill" or policy is None:
         return prefill
     return prefill + decode
 
@@ -270,16 +265,6 @@ def _moved(records: list[Record], by_s: float) -> list[Record]:
     return records
 
 
-def _added(after: dict[str, int], before: dict[str, int]) -> dict[str, int]:
-    return {name: value - before.get(name, 0) for name, value in after.items()}
-
-
 def _sum_of(carried: dict[str, int], names: Sequence[str], what: str) -> int | None:
     found = [carried[f"{name}/{what}"] for name in names if f"{name}/{what}" in carried]
     return sum(found) if found else None
-
-
-def _mean_busy(samples: Samples, windows_s: Sequence[tuple[float, float]]) -> float:
-    inside = [busy for at, busy in zip(samples.times_s[1:], samples.cpu_busy[1:], strict=True)
-              if any(begin <= at <= end for begin, end in windows_s)]  # fmt: skip
-    return sum(inside) / len(inside) if inside else 0.0

@@ -120,12 +120,14 @@ class Cluster:
     def close(self) -> None:
         """Remove everything; interrupts wait for it. May be called twice."""
         with uninterrupted():
-            self._processes.close()
-            for client in self.clients.values():
-                client.close()
-            self.clients.clear()
-            if self.network is not None:
-                self.network.close()
+            try:
+                self._processes.close()
+            finally:  # a process that does not even die of SIGKILL must not leave links behind
+                for client in self.clients.values():
+                    client.close()
+                self.clients.clear()
+                if self.network is not None:
+                    self.network.close()
             for directory in self._state.directories:
                 shutil.rmtree(directory, ignore_errors=True)
             self._state.discard()

@@ -12,11 +12,13 @@ from typer.testing import CliRunner
 from benchmarks.compare.__main__ import app
 from benchmarks.compare.baseline import below_ratio, regressions
 from benchmarks.compare.plots import draw
+from benchmarks.compare.presets import PRESETS
 from benchmarks.compare.report import markdown
 from benchmarks.compare.runner import workload_of
 from benchmarks.compare.schema import ResultError, Sustained, Trial, load_result, save
 from benchmarks.compare.summary import merge, summarise
-from benchmarks.load.measures import Record
+from benchmarks.compare.sustained import search
+from benchmarks.load.measures import Record, latencies
 
 STOCK = [100.0, 102.0, 98.0, 101.0, 99.0]
 OURS = [51.0, 52.0, 50.0, 51.5, 50.5]
@@ -99,7 +101,22 @@ def test_hits_that_were_still_in_memory_make_a_run_invalid(made: Any) -> None:
     assert made.result({"sgl_mc": STOCK}, records=[record]).valid
     found = made.result({"sgl_mc": STOCK}, records=[msgspec.structs.replace(record, cached_storage_tokens=6000)])
     assert found.reasons == ["sgl_mc: 0.9375 of the hit tokens came from storage"]
-    assert made.result({"oracle": STOCK}, records=[msgspec.structs.replace(record, cached_storage_tokens=0)]).valid
+
+
+def test_an_oracle_that_loads_is_none(made: Any) -> None:
+    record = Record(0, 0, 0.0, 1.0, 1.1, 50.0, prompt_tokens=8000, cached_tokens=6400, cached_device_tokens=6400,
+                    cached_storage_tokens=0, output_tokens=16)  # fmt: skip
+    assert made.result({"oracle": STOCK}, records=[record]).valid
+    evicted = msgspec.structs.replace(record, cached_device_tokens=6000, cached_storage_tokens=400)
+    found = made.result({"oracle": STOCK}, records=[evicted])
+    assert found.reasons == ["oracle: 0.9375 of the hit tokens came from device memory"]
+
+
+def test_a_repetition_in_which_all_failed_can_be_read_again(made: Any, tmp_path: Path) -> None:
+    lost = latencies([Record(0, 0, 0.0, error="lost")])
+    found = made.result({"sgl_mc": STOCK, "dualpath:split": OURS}, measured=lost, failed=1)
+    save(found, tmp_path / "result.json")
+    assert load_result(tmp_path / "result.json").reasons == found.reasons
 
 
 def test_fewer_bytes_than_hits_make_a_run_invalid(made: Any) -> None:
@@ -159,6 +176,49 @@ def test_a_lower_ratio_beyond_its_interval_is_a_regression(made: Any, result: An
     worse = made.result({"sgl_mc": STOCK, "dualpath:split": [1.2 * value for value in OURS]})
     assert "dualpath:split/sgl_mc" in regressions(worse, result)[0]
     assert regressions(result, worse) == []
+
+
+def test_reads_that_take_longer_are_a_regression_where_they_are_alone(made: Any) -> None:
+    systems = ("dualpath:shorter_queue", "dualpath:split")
+    made.settings = msgspec.structs.replace(made.settings, mode="poisson", systems=systems)
+
+    def half_load(read_s: float) -> Any:
+        theirs, ours = ([made.repetition(system, number, 50.0) for number in range(5)] for system in systems)
+        for one in ours:
+            one.measured.read_mean_s = read_s
+        both = [*theirs, *ours]
+        return summarise(made.settings, workload_of(made.settings), both, sustained={}, versions={}, total_s=1)
+
+    for one in (good := half_load(0.3)), half_load(0.29):
+        assert regressions(one, good) == []
+    assert "dualpath:split/dualpath:shorter_queue: mean read time ratio 0.80" in regressions(half_load(0.4), good)[0]
+
+
+def test_a_lower_sustained_rate_is_a_regression_when_its_steps_tell(made: Any, result: Any) -> None:
+    def online(ours: list[bool]) -> Any:
+        found = made.result({"sgl_mc": STOCK, "dualpath:split": OURS})
+        found.settings = PRESETS["online"]
+        for system, held in (("sgl_mc", [True, False, False]), ("dualpath:split", ours)):
+            trials = iter(held)
+
+            def play_at(rate: float, _: int, trials: Any = trials) -> Trial:
+                return Trial(rate, 1.0, next(trials), found.measured["sgl_mc"])
+
+            found.sustained[system] = search(play_at, highest_per_s=1.0 if system == "sgl_mc" else 2.0, steps=3)
+        return found
+
+    good = online([True, True, True])
+    assert regressions(good, good) == []
+    assert regressions(online([True, True, False]), good) == []  # the next rate is that of the baseline
+    assert "dualpath:split/sgl_mc: sustained rate ratio 1.00" in regressions(online([False, True, False]), good)[0]
+
+
+def test_bytes_that_are_read_twice_are_a_regression(made: Any, result: Any) -> None:
+    counted = {"prefill": 2 * made.hits * 16384}
+    twice = made.result({"sgl_mc": STOCK, "dualpath:split": OURS}, counted_read_bytes=counted)
+    says = "dualpath:split read 2.000 times the hit bytes, and 1.000 times in the baseline."
+    assert regressions(twice, result) == [says]
+    assert regressions(twice, twice) == []
 
 
 def test_a_lower_ratio_within_a_wide_interval_is_none(made: Any, result: Any) -> None:
@@ -271,7 +331,8 @@ def test_an_invalid_run_exits_with_1(made: Any, tmp_path: Path, monkeypatch: pyt
      ["--preset", "pair", "--contexts", "7000"], ["--preset", "pair", "--contexts", "8000-7000"],
      ["--preset", "half_load", "--systems", "dualpath:split", "--router", "http://x", "--server", "decode=http://x"],
      ["--preset", "pair", "--baseline", "nowhere.json"], ["--preset", "pair", "--merge", "nowhere.json"],
-     ["--preset", "online", "--repetitions", "3"], ["--preset", "two_to_two", "--systems", "oracle"]],
+     ["--preset", "online", "--repetitions", "3"], ["--preset", "two_to_two", "--systems", "oracle"],
+     ["--preset", "online", "--systems", "oracle"]],
 )  # fmt: skip
 def test_what_cannot_run_exits_with_2_and_a_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
@@ -284,9 +345,9 @@ def test_what_cannot_run_exits_with_2_and_a_sentence(
 
 def test_what_a_deployment_is_can_be_said(server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.compare.plots.draw", lambda *_: ())
-    arguments = ["--preset", "pair", "--systems", "sgl_mc", "--router", server.url, "--server", f"prefill={server.url}",
-                 "--repetitions", "2", "--agents", "2", "--in-flight", "2", "--contexts", "300-400", "--page-tokens",
-                 "32", "--kv-bytes", "2048"]  # fmt: skip
+    arguments = ["--preset", "pair", "--systems", "sgl_mc", "--router", server.url, "--repetitions", "2",
+                 "--server", f"prefill={server.url}", "--server", f"decode={server.url}", "--agents", "2",
+                 "--in-flight", "2", "--contexts", "300-400", "--page-tokens", "32", "--kv-bytes", "2048"]  # fmt: skip
     done = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path)])
     assert "compare: " not in done.output
     settings = load_result(tmp_path / "result.json").settings
@@ -303,6 +364,33 @@ def test_the_report_names_every_system_and_what_was_checked(result: Any) -> None
     assert "(ttft.png)" in text
 
 
+def test_the_report_compares_the_default_with_every_other_policy(made: Any) -> None:
+    others = {f"dualpath:{name}": STOCK for name in ("prefill", "decode", "mine")}
+    made.settings = msgspec.structs.replace(made.settings, systems=("sgl_mc", "dualpath:split", *others))
+    text = markdown(made.result({"sgl_mc": STOCK, "dualpath:split": OURS} | others))
+    for name in others:
+        assert f"| dualpath:split / {name} | 1.96 (" in text
+        assert f"| {name} / sgl_mc | 1.00 (" in text
+
+
+@pytest.mark.parametrize(
+    ("preset", "says"),
+    [("pair", "offline, at most 8 requests in flight"), ("half_load", "reads arrive at 50% of what"),
+     ("online", "rates that are searched")],
+)  # fmt: skip
+def test_the_report_says_how_requests_came(made: Any, preset: str, says: str) -> None:
+    made.settings = PRESETS[preset]
+    assert says in markdown(made.result({"sgl_mc": STOCK}))
+
+
+@pytest.mark.parametrize(
+    ("cores", "says"), [([], "| 50% |"), ([0.98, 0.31], "| 98%, 31% |"), ([0.1] * 15 + [0.7], "| 50%, busiest 70% |")]
+)
+def test_the_report_has_every_core_of_a_small_machine(made: Any, cores: list[float], says: str) -> None:
+    text = markdown(made.result({"sgl_mc": STOCK}, core_busy=cores))
+    assert says in next(line for line in text.splitlines() if line.startswith("| sgl_mc |"))
+
+
 def test_the_report_says_invalid_first(made: Any) -> None:
     text = markdown(made.result({"sgl_mc": STOCK}, failed=1))
     assert "**INVALID: sgl_mc: 5 requests failed" in text
@@ -317,10 +405,10 @@ def test_pictures_are_drawn_of_what_is_there(made: Any, result: Any, tmp_path: P
 
 
 def test_a_sustained_rate_is_reported_and_drawn(result: Any, tmp_path: Path) -> None:
-    trial = Trial(0.2, 0.95, True, result.measured["sgl_mc"])
+    trial = Trial(0.2, 0.95, True, result.measured["sgl_mc"], snic_busy={"prefill": 0.88})
     result.sustained = {"sgl_mc": Sustained(0.2, [trial])}
     assert "sustained_rate.png" in draw(result, tmp_path)
     # Every trial held, so the rate may be any higher.
-    assert "| sgl_mc | at least 0.200 | 0.200: 95% |" in markdown(result)
+    assert "| sgl_mc | at least 0.200 | 0.200: 95% | prefill 88% |" in markdown(result)
     trial.sustained = False
-    assert "| sgl_mc | 0.200 | 0.200: 95% |" in markdown(result)
+    assert "| sgl_mc | 0.200 | 0.200: 95% | - |" in markdown(result)

@@ -26,7 +26,8 @@ def test_device_bytes_are_received_and_sent() -> None:
 
 
 def test_waiting_for_a_disk_is_not_busy() -> None:
-    assert cpu_ticks("cpu  10 1 4 80 5 0 0 0 0 0\ncpu0 ...") == (15, 100)
+    text = "cpu  10 1 4 80 5 0 0 0 0 0\ncpu0 10 0 0 40 0 0 0 0 0 0\ncpu1 0 1 4 40 5 0 0 0 0 0\nintr 7\n"
+    assert cpu_ticks(text) == [(15, 100), (10, 50), (5, 50)]
 
 
 def test_bytes_between_samples_are_interpolated() -> None:
@@ -84,6 +85,7 @@ def test_samples_begin_at_zero_bytes_and_never_fall() -> None:
     assert carried[0] == 0
     assert carried == sorted(carried)
     assert len(samples.times_s) == len(carried) == len(samples.cpu_busy)
+    assert [len(series) for series in samples.core_busy] == [len(samples.times_s)] * (os.cpu_count() or 0)
     assert samples.times_s[0] <= 0 < samples.times_s[-1]
     assert samples.process_cpu_s["me"] >= 0.0
     assert samples.process_cpu_s["gone"] == 0.0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -13,7 +15,9 @@ from benchmarks.compare.presets import PRESETS
 from benchmarks.compare.report import markdown
 from benchmarks.compare.runner import Deployment, run, run_deployed, workload_of
 from benchmarks.compare.schema import Settings, Slo
-from benchmarks.compare.sustained import search, share_within
+from benchmarks.compare.sustained import judged, search, share_within
+from benchmarks.compare.targets import TestbedTarget
+from benchmarks.compare.turn import storage_readers
 from benchmarks.load.measures import Record
 from benchmarks.testbed import PAGE_TOKENS, Cluster, ClusterSpec, RequirementError
 
@@ -28,7 +32,7 @@ def deployment(server: Any) -> Deployment:
 
 
 def run_small(server: Any, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Any:
-    monkeypatch.setattr("benchmarks.compare.turn._SETTLE_S", 0.0)
+    monkeypatch.setattr("benchmarks.compare.watch._SETTLE_S", 0.0)
     settings = msgspec.structs.replace(SMALL, **changes)
     return run_deployed(settings, deployment(server), say=lambda _: None)
 
@@ -117,9 +121,28 @@ def test_trials_whose_contexts_were_in_memory_are_invalid(server: Any, monkeypat
 def test_every_wave_of_a_trial_begins_with_empty_caches(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     changes = {"mode": "online", "rounds": 1, "repetitions": 1, "trial_steps": 2, "passes": 3, "snic_mbit": 20_000}
     result = run_small(server, monkeypatch, **changes)
-    assert [len(trial.records) for trial in result.sustained["dualpath:split"].trials] == [9, 9]
+    trials = result.sustained["dualpath:split"].trials
+    assert [len(trial.records) for trial in trials] == [9, 9]
     # Of two servers: after filling, after warming up, before each wave, at the end.
     assert server.flushes == 2 * (2 + 2 * 3 + 1)
+    for trial in trials:
+        agents = [record.agent for record in sorted(trial.records, key=lambda record: record.sent_s)]
+        assert [sorted(agents[wave : wave + 3]) for wave in (0, 3, 6)] == [[0, 1, 2]] * 3  # one after the other
+        assert trial.fallbacks == {"lease_expired": 18}  # of nine requests on two servers that are one process
+        assert trial.link_bytes["prefill/storage/rx"] > 0
+        assert set(trial.snic_busy) == {"prefill"}
+        tokens = sum(record.prompt_tokens + record.output_tokens for record in trial.records)
+        assert trial.measured.throughput_tokens_per_s == pytest.approx(tokens / trial.measured.jct_s)
+        assert trial.measured.jct_s < max(record.last_s for record in trial.records)
+
+
+def test_no_rate_is_tried_above_what_the_links_of_a_system_carry(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = {"mode": "online", "rounds": 1, "repetitions": 1, "trial_steps": 1, "snic_mbit": 20_000}
+    ours = run_small(server, monkeypatch, **changes).sustained["dualpath:split"].trials[0]
+    stock = run_small(server, monkeypatch, systems=("sgl_mc",), **changes).sustained["sgl_mc"].trials[0]
+    assert ours.agents_per_s == pytest.approx(2 * stock.agents_per_s)
+    hits = workload_of(msgspec.structs.replace(SMALL, rounds=1)).total_hit_tokens(PAGE_TOKENS)
+    assert stock.agents_per_s * hits / SMALL.agents * SMALL.kv_bytes_per_token == pytest.approx(20e9 / 8 / 2)
 
 
 def test_the_base_of_read_times_is_a_median(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,8 +173,24 @@ def test_dead_runs_are_cleaned_up_before_memory_is_counted(tmp_path: Path, monke
 )
 def test_a_device_that_is_not_there_is_refused(server: Any, devices: dict[str, str], says: str) -> None:
     settings = msgspec.structs.replace(SMALL, repetitions=1)
+    servers = {"prefill": server.url, "decode": server.url}
     with pytest.raises(RequirementError, match=says):
-        run_deployed(settings, Deployment(server.url, {"prefill": server.url}, devices), say=lambda _: None)
+        run_deployed(settings, Deployment(server.url, servers, devices), say=lambda _: None)
+
+
+@pytest.mark.parametrize("names", [("prefill",), ("prefill", "decode2"), ("prefill1", "decode"), ("p0", "d0")])
+def test_servers_of_a_deployment_go_by_the_names_that_a_report_uses(server: Any, names: tuple[str, ...]) -> None:
+    servers = dict.fromkeys(names, server.url)
+    with pytest.raises(RequirementError, match="named prefill, or prefill1"):
+        run_deployed(SMALL, Deployment(server.url, servers, {}), say=lambda _: None)
+
+
+def test_a_deployment_has_as_many_servers_as_are_named(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.compare.watch._SETTLE_S", 0.0)
+    servers = dict.fromkeys(("prefill", "decode1", "decode2", "decode3"), server.url)
+    settings = msgspec.structs.replace(SMALL, repetitions=1)
+    result = run_deployed(settings, Deployment(server.url, servers, {}), say=lambda _: None)
+    assert (result.settings.prefill_servers, result.settings.decode_servers) == (1, 3)
 
 
 def answered(ttft_s: float) -> Record:
@@ -159,7 +198,8 @@ def answered(ttft_s: float) -> Record:
 
 
 def test_bisection_ends_below_the_true_rate_by_at_most_its_last_step() -> None:
-    found = search(lambda rate, _: [answered(1.0 if rate <= 0.7 else 99.0)], slo=Slo(ttft_s=5.0), highest_per_s=1.6,
+    slo = Slo(ttft_s=5.0)
+    found = search(lambda rate, _: judged(rate, [answered(1.0 if rate <= 0.7 else 99.0)], slo), highest_per_s=1.6,
                    steps=6)  # fmt: skip
     assert 0.7 - 1.6 / 2**6 <= found.agents_per_s <= 0.7
     assert len(found.trials) == 6
@@ -174,6 +214,15 @@ def test_a_failed_request_keeps_no_objective() -> None:
 def spec_of(system: str, **changes: Any) -> ClusterSpec:
     settings = msgspec.structs.replace(PRESETS["pair"], **changes)
     return systems.cluster_spec(system, settings, workload_of(settings), Path("model"))
+
+
+@pytest.mark.parametrize(
+    ("system", "servers"),
+    [("sgl_mc", ["prefill"]), ("dualpath:prefill", ["prefill"]), ("dualpath:decode+lease=2", ["decode"]),
+     ("dualpath:split", ["prefill", "decode"]), ("oracle", [])],
+)  # fmt: skip
+def test_a_system_reads_through_the_links_of_its_readers(system: str, servers: list[str]) -> None:
+    assert storage_readers(system, PRESETS["pair"]) == servers
 
 
 def test_systems_differ_in_what_their_name_says_and_in_nothing_else() -> None:
@@ -250,6 +299,34 @@ def test_a_suspended_cluster_starts_nothing_until_it_is_resumed(tmp_path: Path) 
         cluster.suspend()
         assert not cluster.running
         assert cluster.process_groups() == {}
+
+
+def test_logs_of_every_turn_are_kept(tmp_path: Path) -> None:
+    spec = ClusterSpec(model=tmp_path, servers=(), store=None, router=None)
+    with Cluster(spec, log_dir=tmp_path, say=lambda _: None, suspended=True) as cluster:
+        target = TestbedTarget(cluster)
+        for turn in ("first", "second"):
+            target.resume()
+            (tmp_path / "router.log").write_text(turn)
+            target.suspend()
+    assert [(tmp_path / f"turn{number}" / "router.log").read_text() for number in (1, 2)] == ["first", "second"]
+
+
+def test_links_are_removed_although_a_process_does_not_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never_ends() -> None:
+        raise subprocess.TimeoutExpired("server", 10.0)
+
+    spec = ClusterSpec(model=tmp_path, servers=(), store=None, router=None)
+    cluster = Cluster(spec, log_dir=tmp_path, suspended=True)
+    cluster.__enter__()
+    removed: list[str] = []
+    cluster.network = SimpleNamespace(close=lambda: removed.append("links"))  # type: ignore[assignment]
+    with monkeypatch.context() as patched:
+        patched.setattr(cluster._processes, "close", never_ends)
+        with pytest.raises(subprocess.TimeoutExpired):
+            cluster.close()
+    assert removed == ["links"]
+    cluster.close()
 
 
 def test_two_clusters_of_one_process_have_records_of_their_own(tmp_path: Path) -> None:
