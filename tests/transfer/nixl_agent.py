@@ -6,6 +6,16 @@ from typing import Any
 
 import numpy as np
 
+from sglang_dualpath.transfer import Peer, PlaneGeometry, PoolGeometry
+from sglang_dualpath.transfer.nixl import NixlTransport
+
+POOL = PoolGeometry((PlaneGeometry(1000, 10, 10), PlaneGeometry(5000, 20, 8)), 6)
+PEER = Peer("there", b"about there", PoolGeometry((PlaneGeometry(7000, 10, 10), PlaneGeometry(9000, 8, 8)), 4))
+
+
+def peer_called(name: str) -> Peer:
+    return PEER._replace(session=name, metadata=f"about {name}".encode())
+
 
 # Named as NIXL names them.
 class nixlBackendError(Exception):
@@ -40,7 +50,8 @@ class Agent:
         self.moved: list[tuple[list[int], list[int]]] = []
         self.prepared: dict[str, list[list[int]]] = {}
         self.about = b"about here"
-        self.loaded_as: bytes | str = b"there"
+        self.loaded_as: bytes | str | None = None
+        """What it says that it has loaded; None: what the metadata is about."""
         self.handles = 0
         self.asked = 0
 
@@ -63,13 +74,14 @@ class Agent:
 
     def add_remote_agent(self, metadata: bytes) -> bytes | str:
         self.log.append(f"load {metadata.decode()}")
-        return self.loaded_as
+        return metadata.removeprefix(b"about ") if self.loaded_as is None else self.loaded_as
 
     def remove_remote_agent(self, agent: str) -> None:
         self.log.append(f"unload {agent}")
 
     def make_prepped_xfer(self, kind: str, ours: Handle, from_: Any, theirs: Handle, to: Any) -> Handle:
-        assert (kind, ours.name, theirs.name) == ("WRITE", "pages of here", "pages of there")
+        assert (kind, ours.name) == ("WRITE", "pages of here")
+        assert theirs.name != ours.name
         assert from_.dtype == to.dtype == np.int32
         self.moved.append((from_.tolist(), to.tolist()))
         self.handles += 1
@@ -84,3 +96,9 @@ class Agent:
         if isinstance(state, Exception):
             raise state
         return state
+
+
+def transport_over(agent: Agent, **settings: Any) -> NixlTransport:
+    transport = NixlTransport(agent, **settings)
+    transport.register(POOL)
+    return transport

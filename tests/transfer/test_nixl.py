@@ -10,25 +10,24 @@ import pytest
 
 from sglang_dualpath.errors import NotPushedError, TransferError
 from sglang_dualpath.protocol import MAX_METADATA_BYTES
-from sglang_dualpath.transfer import Peer, PlaneGeometry, PoolGeometry
+from sglang_dualpath.transfer import PlaneGeometry, PoolGeometry
 from sglang_dualpath.transfer import nixl as nixl_module
 from sglang_dualpath.transfer.nixl import NixlTransport
 from tests.reader.host import wait_for
-from tests.transfer.nixl_agent import Agent, Handle, nixlBackendError, nixlRemoteDisconnectError, nixlUnknownError
-
-POOL = PoolGeometry((PlaneGeometry(1000, 10, 10), PlaneGeometry(5000, 20, 8)), 6)
-PEER = Peer("there", b"about there", PoolGeometry((PlaneGeometry(7000, 10, 10), PlaneGeometry(9000, 8, 8)), 4))
+from tests.transfer.nixl_agent import (
+    PEER,
+    Agent,
+    Handle,
+    nixlBackendError,
+    nixlRemoteDisconnectError,
+    nixlUnknownError,
+    transport_over,
+)
 
 
 @pytest.fixture
 def agent() -> Agent:
     return Agent()
-
-
-def transport_over(agent: Agent, **settings: Any) -> NixlTransport:
-    transport = NixlTransport(agent, **settings)
-    transport.register(POOL)
-    return transport
 
 
 def test_pages_are_prepared_once_on_both_sides_and_pushed_by_number(agent: Agent) -> None:
@@ -292,34 +291,6 @@ def test_pools_that_differ_are_refused_before_anything_is_written(agent: Agent) 
     with pytest.raises(NotPushedError, match="1 source pages for 2"):
         transport.push(PEER, [0], [0, 1])
     assert not agent.moved
-
-
-def test_names_of_peers_may_be_text(agent: Agent) -> None:
-    agent.loaded_as = "there"
-    transport_over(agent).push(PEER, [0], [0])
-    assert agent.moved
-
-
-def test_peers_are_forgotten_when_there_are_too_many(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nixl_module, "_MAX_PEERS", 1)
-    transport = transport_over(agent)
-    transport.push(PEER, [0], [0])
-    agent.loaded_as = "third"
-    monkeypatch.setattr(agent, "make_prepped_xfer", lambda *_: Handle("write", agent.log))
-    transport.push(PEER._replace(session="third"), [0], [0])
-    assert "unload there" in agent.log
-
-
-def test_the_peer_that_was_not_pushed_to_for_longest_is_forgotten_first(
-    agent: Agent, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(nixl_module, "_MAX_PEERS", 2)
-    monkeypatch.setattr(agent, "make_prepped_xfer", lambda *_: Handle("write", agent.log))
-    transport = transport_over(agent)
-    for name in ("there", "second", "there", "third"):
-        agent.loaded_as = name
-        transport.push(PEER._replace(session=name), [0], [0])
-    assert [line for line in agent.log if line.startswith("unload")] == ["unload second"]
 
 
 def test_closing_gives_everything_back_once(agent: Agent) -> None:
