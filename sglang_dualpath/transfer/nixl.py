@@ -179,24 +179,37 @@ class NixlTransport:
     def _hold(self, session: str) -> _Met:
         """A peer, with its lock acquired."""
         while True:
-            met = self._met(session)
+            with self._lock:
+                # Those that were not used for longest come first.
+                met = self._peers.pop(session, None) or _Met()
+                self._peers[session] = met
             met.lock.acquire()
             with self._lock:
                 if self._peers.get(session) is met:
-                    return met
+                    leaving = self._hold_idle(len(self._peers) - _MAX_PEERS)
+                    break
             met.lock.release()  # parted with meanwhile
+        # Outside of the lock, as whatever asks the agent to disconnect. Only then is a peer's place free: it must not
+        # be unloaded after it was met again.
+        for name, other in leaving:
+            self._forget(other)
+            with self._lock:
+                self._peers.pop(name, None)
+            other.lock.release()
+        return met
 
-    def _met(self, session: str) -> _Met:
-        with self._lock:
-            met = self._peers.pop(session, None)
-            if met is None:
-                # Those that were not used for longest come first.
-                for name, other in list(self._peers.items()):
-                    if len(self._peers) >= _MAX_PEERS and self._part(other):
-                        del self._peers[name]
-                met = _Met()
-            self._peers[session] = met
-            return met
+    def _hold_idle(self, count: int) -> list[tuple[str, _Met]]:
+        """With the lock held: up to so many peers to which nothing is on its way, with their locks acquired."""
+        held: list[tuple[str, _Met]] = []
+        for name, met in self._peers.items():
+            if len(held) >= count:
+                break
+            if met.lock.acquire(blocking=False):
+                if met.straggler is None or met.straggler.ended:
+                    held.append((name, met))
+                else:
+                    met.lock.release()
+        return held
 
     def _meet(self, met: _Met, peer: Peer) -> None:
         """Load the peer's metadata and prepare its pages, unless that is done."""
@@ -224,18 +237,6 @@ class NixlTransport:
             except Exception as fault:
                 logger.debug("NIXL had removed %s by itself (%s).", met.name, _said(fault))
         met.peer = met.pages = met.name = None
-
-    def _part(self, met: _Met) -> bool:
-        """Forget a peer to which nothing is on its way."""
-        if not met.lock.acquire(blocking=False):
-            return False
-        try:
-            idle = met.straggler is None or met.straggler.ended
-            if idle:
-                self._forget(met)
-            return idle
-        finally:
-            met.lock.release()
 
     # -- stragglers ----------------------------------------------------------------------------------------------------
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 
+from sglang_dualpath.errors import TransferError
+from sglang_dualpath.transfer import Peer
 from sglang_dualpath.transfer import nixl as nixl_module
+from tests.reader.host import wait_for
 from tests.transfer.nixl_agent import PEER, Agent, peer_called, transport_over
 
 
@@ -35,3 +40,52 @@ def test_the_peer_that_was_not_pushed_to_for_longest_is_forgotten_first(
     for name in ("there", "second", "there", "third"):
         transport.push(peer_called(name), [0], [0])
     assert [line for line in agent.log if line.startswith("unload")] == ["unload second"]
+
+
+def test_forgetting_a_peer_holds_up_pushes_to_that_one_alone(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nixl_module, "_MAX_PEERS", 1)
+    transport = transport_over(agent)
+    transport.push(PEER, [0], [0])
+    unloading, go_on, forget = threading.Event(), threading.Event(), agent.remove_remote_agent
+
+    def hang(name: str) -> None:
+        if name == "there":
+            unloading.set()
+            assert go_on.wait(10)
+        forget(name)
+
+    def pushing(peer: Peer) -> threading.Thread:
+        thread = threading.Thread(target=transport.push, args=(peer, [0], [0]), daemon=True)
+        thread.start()
+        return thread
+
+    monkeypatch.setattr(agent, "remove_remote_agent", hang)
+    third = pushing(peer_called("third"))
+    assert unloading.wait(10)
+    other = pushing(peer_called("other"))
+    other.join(5)
+    again = pushing(PEER)
+    again.join(0.1)
+    held_up = other.is_alive(), again.is_alive()
+    go_on.set()
+    for thread in (third, other, again):
+        thread.join(10)
+    assert held_up == (False, True), "who pushes to it again must not have it unloaded under that push"
+    assert agent.log.index("unload there") < agent.log.index("load about there", 5)
+
+
+def test_a_peer_is_not_forgotten_while_a_write_to_it_is_under_way(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nixl_module, "_MAX_PEERS", 1)
+    transport = transport_over(agent, deadline_s=0.02)
+    agent.states = ["PROC"]
+    with pytest.raises(TransferError) as caught:
+        transport.push(PEER, [0], [0])
+    agent.transfer = lambda _: "DONE"  # type: ignore[method-assign]
+    transport.push(peer_called("third"), [0], [0])
+    assert "unload there" not in agent.log
+    agent.states = ["DONE"]
+    wait_for(caught.value.over)
+    transport.push(peer_called("third"), [0], [0])
+    assert "unload there" in agent.log
