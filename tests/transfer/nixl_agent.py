@@ -74,7 +74,8 @@ class Agent:
 
     def add_remote_agent(self, metadata: bytes) -> bytes | str:
         self.log.append(f"load {metadata.decode()}")
-        return metadata.removeprefix(b"about ") if self.loaded_as is None else self.loaded_as
+        about = metadata.removeprefix(b"about ").partition(b"|")[0]
+        return about if self.loaded_as is None else self.loaded_as
 
     def remove_remote_agent(self, agent: str) -> None:
         self.log.append(f"unload {agent}")

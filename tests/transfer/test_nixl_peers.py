@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from sglang_dualpath.errors import TransferError
+from sglang_dualpath.errors import NotPushedError, TransferError
 from sglang_dualpath.transfer import Peer
 from sglang_dualpath.transfer import nixl as nixl_module
 from tests.reader.host import wait_for
@@ -89,3 +89,30 @@ def test_a_peer_is_not_forgotten_while_a_write_to_it_is_under_way(
     wait_for(caught.value.over)
     transport.push(peer_called("third"), [0], [0])
     assert "unload there" in agent.log
+
+
+@pytest.mark.parametrize("name", ["the", "their", "theresa", "somebody else"])
+def test_metadata_of_another_engine_is_not_loaded(agent: Agent, name: str) -> None:
+    """Loading it would change, or where it is broken drop, what that engine's own writes rely on."""
+    agent.about = b"about here|by UCX"
+    peer = PEER._replace(metadata=b"about there|by UCX")
+    transport = transport_over(agent)
+    transport.push(peer, [0], [0])
+    agent.log.clear()
+    with pytest.raises(NotPushedError, match="metadata is that of another agent"):
+        transport.push(peer._replace(session=name), [0], [0])
+    assert agent.log == []
+    transport.push(peer, [1], [1])
+    assert agent.log == ["release write 2"]
+
+
+def test_metadata_that_turns_out_to_be_of_another_engine_is_left_to_that_one(agent: Agent) -> None:
+    agent.about = b"in a way that nobody has seen"
+    transport = transport_over(agent)
+    transport.push(PEER, [0], [0])
+    agent.log.clear()
+    with pytest.raises(NotPushedError, match="metadata is that of there"):
+        transport.push(PEER._replace(session="somebody else"), [0], [0])
+    assert agent.log == ["load about there"]
+    transport.push(PEER, [1], [1])
+    assert agent.log[1:] == ["release write 2"]
