@@ -11,8 +11,6 @@ nobody fetches would pile up in an agent whose owner does not ask for notificati
 from __future__ import annotations
 
 import logging
-import os
-import re
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -21,8 +19,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from sglang_dualpath import metrics
 from sglang_dualpath.errors import NotPushedError, TransferError
 from sglang_dualpath.protocol import MAX_METADATA_BYTES
+from sglang_dualpath.transfer import ucx
 from sglang_dualpath.transfer.base import Peer, PoolGeometry, check_layouts
 
 logger = logging.getLogger(__name__)
@@ -31,12 +31,6 @@ _Indices = npt.NDArray[np.int32]
 
 # As long as Mooncake waits by default.
 _DEADLINE_S = 30.0
-# A write that failed is purged with its connection. UCX looks after a silent peer in rounds, so within two of them it
-# has given up every other rail, and a third one covers what kernels and NICs still hold.
-_DRAIN_ROUNDS = 3
-_ROUND_ENV = "UCX_KEEPALIVE_INTERVAL"
-_DEFAULT_ROUND_S = 20.0
-_UNITS_S = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "": 1.0, "m": 60.0}
 # What NIXL raises once a write has ended in an error. After any other one, it may still be under way.
 _ENDED = frozenset({"nixlRemoteDisconnectError", "nixlBackendError", "nixlCancelledError"})
 # NIXL has to be asked whether a write is done. Where all cores are busy, and NIXL's own threads keep one each busy, who
@@ -68,7 +62,7 @@ class NixlTransport:
     """
 
     def __init__(self, agent: Any, *, deadline_s: float = _DEADLINE_S) -> None:
-        self.drain_s = _drain_s()
+        self.drain_s = ucx.drain_s()
         self._agent = agent
         self._deadline_s = deadline_s
         self._pool = PoolGeometry((), 0)
@@ -163,7 +157,7 @@ class NixlTransport:
             state, why = _state(self._agent.check_xfer_state, handle)
             took_s = time.monotonic() - began_s
         if state == "PROC":
-            met.straggler = self._watch(handle)
+            met.straggler = self._watch(handle, session)
             raise TransferError(
                 f"NIXL has not ended a push to {session} in {self._deadline_s:g} s", over=met.straggler.over
             )
@@ -252,8 +246,8 @@ class NixlTransport:
 
     # -- stragglers ----------------------------------------------------------------------------------------------------
 
-    def _watch(self, handle: Any) -> _Straggler:
-        straggler = _Straggler(handle, self.drain_s)
+    def _watch(self, handle: Any, session: str) -> _Straggler:
+        straggler = _Straggler(handle, session, self.drain_s)
         with self._lock:
             self._stragglers.append(straggler)
             self._lock.notify_all()
@@ -309,12 +303,23 @@ class _Met:
 
 
 class _Straggler:
-    """A write that took too long. It may still write, so its handle is kept until NIXL says that it has ended."""
+    """A write that took too long. It may still write, so its handle is kept until NIXL says that it has ended.
 
-    def __init__(self, handle: Any, drain_s: float) -> None:
+    However long that takes, and though NIXL may never say it, which is so once it has forgotten the peer: what has been
+    posted goes on. A frozen peer gets it all when it wakes, and NIXL lets go of a handle without stopping the write. So
+    no time that passes tells that it has ended, nor does a release. To take it for ended would let the peer use its
+    pages again under the write; to wait costs a few spare pages there, and the help of this engine, until one of the
+    two restarts.
+    """
+
+    def __init__(self, handle: Any, session: str, drain_s: float) -> None:
         self._handle = handle
+        self._session = session
         self._drain_s = drain_s
         self._over_s: float | None = None
+        self._lost_s: float | None = None
+        """Since when NIXL has not said how it goes on."""
+        self._is_said = False
         self.failed = False
 
     @property
@@ -327,36 +332,36 @@ class _Straggler:
 
     def look(self, check: Callable[[Any], str]) -> None:
         """See whether it has ended."""
-        state, _ = _state(check, self._handle)
+        state, why = _state(check, self._handle)
+        now_s = time.monotonic()
         if state != "PROC":
             _release(self._handle)
             self.failed = state != "DONE"
-            self._over_s = time.monotonic() + (self._drain_s if self.failed else 0.0)
-
-
-def _drain_s() -> float:
-    """How long bytes of a failed write may still arrive. Raises TransferError when UCX is told not to look for that."""
-    said = os.environ.get(_ROUND_ENV, "")
-    parts = re.fullmatch(r"(\d+(?:\.\d+)?)(us|ms|s|m|)", said.strip()) if said else None
-    if said and parts is None:
-        raise TransferError(
-            f"{_ROUND_ENV}={said} does not say within what time UCX gives up a dead peer, after which its pages can be "
-            f"used again; unset it, or give a time as in {_ROUND_ENV}=20s"
-        )
-    round_s = float(parts[1]) * _UNITS_S[parts[2]] if parts else _DEFAULT_ROUND_S
-    return _DRAIN_ROUNDS * max(round_s, _DEFAULT_ROUND_S)
+            self._over_s = now_s + (self._drain_s if self.failed else 0.0)
+        elif not why:
+            self._lost_s = None
+        elif self._lost_s is None:
+            self._lost_s = now_s
+        elif now_s - self._lost_s >= self._drain_s and not self._is_said:
+            self._is_said = True
+            metrics.FALLBACKS.add(reason="push_state_unknown")
+            logger.warning(
+                "For %g s NIXL cannot say whether a push to %s goes on (%s). Nothing is read for that prefill engine "
+                "until it can, or one of the two servers restarts.", self._drain_s, self._session, why,
+            )  # fmt: skip
 
 
 def _state(check: Callable[[Any], str], handle: Any) -> tuple[str, str]:
-    """What NIXL says of a write, and why it failed if it did. One whose state cannot be had may still be under way."""
+    """What NIXL says of a write, and why it failed or, while it may still be under way, why that cannot be had."""
     try:
-        return check(handle), "an error"
+        state = check(handle)
+        return state, "" if state == "PROC" else "an error"
     except Exception as fault:
         name = type(fault).__name__
         if name in _ENDED:
             return "ERR", _said(fault)
         logger.debug("NIXL does not say how a write goes on: %s (%s).", name, _said(fault))
-        return "PROC", ""
+        return "PROC", _said(fault)
 
 
 def _pause_s(took_s: float, expected_s: float) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from sglang_dualpath import metrics
 from sglang_dualpath.errors import NotPushedError, TransferError
 from sglang_dualpath.protocol import MAX_METADATA_BYTES
 from sglang_dualpath.transfer import PlaneGeometry, PoolGeometry
@@ -23,6 +24,8 @@ from tests.transfer.nixl_agent import (
     nixlUnknownError,
     transport_over,
 )
+
+LOST = nixlUnknownError("was invalidated or re-registered during transfer")
 
 
 @pytest.fixture
@@ -176,10 +179,29 @@ def test_an_overdue_write_that_fails_is_over_when_nothing_of_it_can_be_under_way
 
 def test_a_write_whose_state_cannot_be_had_may_still_be_under_way(agent: Agent) -> None:
     transport = transport_over(agent, deadline_s=0.02)
-    agent.states = ["PROC", nixlUnknownError("was invalidated or re-registered during transfer")]
+    agent.states = ["PROC", LOST]
     with pytest.raises(TransferError, match="not ended") as caught:
         transport.push(PEER, [0], [0])
     time.sleep(0.2)
+    assert not caught.value.over()
+    assert "release write 1" not in agent.log
+    agent.states = ["DONE"]
+    wait_for(caught.value.over)
+
+
+def test_a_write_of_which_nixl_has_lost_track_is_said_and_counted_once_and_never_taken_for_ended(
+    agent: Agent, caplog: pytest.LogCaptureFixture
+) -> None:
+    transport = transport_over(agent, deadline_s=0.02)
+    transport.drain_s = 0.1
+    counted = metrics.FALLBACKS.value(reason="push_state_unknown")
+    agent.states = ["PROC", LOST]
+    with pytest.raises(TransferError) as caught:
+        transport.push(PEER, [0], [0])
+    wait_for(lambda: "cannot say whether a push to there goes on" in caplog.text)
+    time.sleep(0.5)
+    assert caplog.text.count("goes on") == 1
+    assert metrics.FALLBACKS.value(reason="push_state_unknown") == counted + 1
     assert not caught.value.over()
     assert "release write 1" not in agent.log
     agent.states = ["DONE"]
@@ -206,6 +228,17 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
     monkeypatch.setattr(nixl_module, "time", made)
     return made
+
+
+def test_a_write_of_which_nixl_knows_every_now_and_then_is_not_said_to_be_lost(
+    agent: Agent, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    straggler = nixl_module._Straggler(Handle("write", agent.log), "there", 60.0)
+    agent.states = [*[LOST] * 9, "PROC"] * 10
+    while len(agent.states) > 1:
+        straggler.look(agent.check_xfer_state)
+        clock.now_s += 6.0
+    assert not caplog.messages
 
 
 def push_for(agent: Agent, clock: Clock, transport: NixlTransport, seconds: float, pages: int = 4) -> float:
