@@ -183,8 +183,8 @@ class NixlTransport:
                     leaving = self._hold_idle(len(self._peers) - _MAX_PEERS)
                     break
             met.lock.release()  # parted with meanwhile
-        # Outside of the lock, as whatever asks the agent to disconnect. Only then is a peer's place free: it must not
-        # be unloaded after it was met again.
+        # Outside of the lock: disconnecting may take its time. A peer keeps its place until then, so that it is not
+        # unloaded after somebody has met it again.
         for name, other in leaving:
             self._forget(other)
             with self._lock:

@@ -105,6 +105,11 @@ def test_a_peer_whose_metadata_others_have_dropped_is_met_again_within_the_push(
     assert agent.log[-4:] == ["release pages of there", "unload there", "load about there", "release write 2"]
 
 
+def test_no_pages_are_no_write(agent: Agent) -> None:
+    transport_over(agent).push(PEER, [], [])
+    assert not agent.asked
+
+
 def test_every_write_is_released(agent: Agent) -> None:
     transport = transport_over(agent)
     for _ in range(3):

@@ -10,7 +10,7 @@ from sglang_dualpath.errors import NotPushedError, TransferError
 from sglang_dualpath.transfer import Peer
 from sglang_dualpath.transfer import nixl as nixl_module
 from tests.reader.host import wait_for
-from tests.transfer.nixl_agent import PEER, Agent, peer_called, transport_over
+from tests.transfer.nixl_agent import PEER, Agent, Handle, peer_called, transport_over
 
 
 @pytest.fixture
@@ -116,3 +116,23 @@ def test_metadata_that_turns_out_to_be_of_another_engine_is_left_to_that_one(age
     assert agent.log == ["load about there"]
     transport.push(PEER, [1], [1])
     assert agent.log[1:] == ["release write 2"]
+
+
+def test_a_peer_that_says_nothing_of_itself_is_not_met(agent: Agent) -> None:
+    with pytest.raises(NotPushedError, match="did not say"):
+        transport_over(agent).push(PEER._replace(metadata=b""), [0], [0])
+    assert not agent.moved
+
+
+def test_what_nixl_has_dropped_by_itself_is_forgotten_all_the_same(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("NIXL_ERR_NOT_FOUND")
+
+    transport = transport_over(agent)
+    transport.push(PEER, [0], [0])
+    monkeypatch.setattr(agent, "remove_remote_agent", refuse)
+    monkeypatch.setattr(Handle, "release", refuse)
+    transport.close()
+    assert agent.log[-1] == "deregister regions"
