@@ -149,7 +149,7 @@ PARKED = Counter(
 FALLBACKS = Counter(
     "fallbacks_total",
     "Reads that went on without a reader, chunks that came late, reads and write-backs on the stock path, pushes whose "
-    "end NIXL does not tell.",
+    "end NIXL does not tell, engines that could not be published.",
     ("reason",),
 )
 READ_QUEUE_BYTES = Gauge("read_queue_bytes", "Bytes that wait to be read from storage.")

@@ -18,11 +18,17 @@ from typing import Any
 
 from aiohttp import web
 
+from sglang_dualpath import metrics
+
 logger = logging.getLogger(__name__)
 
 _ROUTE = "/dualpath/engines"
 _TIMEOUT_S = 2.0
+# A try comes late by a tenth of the time passed, or by _MOST_RETRY_S; after _OUTAGE_S somebody should know.
 _RETRY_S = 1.0
+_RETRY_GROWTH = 1.1
+_MOST_RETRY_S = 10.0
+_OUTAGE_S = 60.0
 # A prefill server that answered without the route may be restarted with the flag; ask again after this.
 _NEGATIVE_S = 30.0
 # One that did not answer, or has not registered yet, may only be starting.
@@ -72,22 +78,41 @@ def add_routes(router: web.UrlDispatcher) -> EngineDirectory:
     return directory
 
 
-def publish(bootstrap_url: str, *, dp_rank: int, tp_rank: int, endpoint: str, attempts: int = 60) -> threading.Thread:
-    """Register a prefill engine from a thread of its own, again and again until its bootstrap server is up."""
+def publish(
+    bootstrap_url: str, *, dp_rank: int, tp_rank: int, endpoint: str, stop: threading.Event | None = None
+) -> threading.Thread:
+    """Register a prefill engine from a thread of its own, again and again until that succeeds or ``stop`` is set.
+
+    Without another end: decode servers never help an engine that is not registered, and nobody else would try again.
+    """
+    stop = stop or threading.Event()
 
     def run() -> None:
         body = json.dumps({"dp_rank": dp_rank, "tp_rank": tp_rank, "endpoint": endpoint}).encode()
-        for _ in range(attempts):
+        began_s = time.monotonic()
+        pause_s = _RETRY_S
+        is_outage = False
+        while True:
             request = urllib.request.Request(
                 bootstrap_url + _ROUTE, data=body, method="PUT", headers={"Content-Type": "application/json"}
             )
             try:
                 with _OPENER.open(request, timeout=_TIMEOUT_S):
-                    return
-            except (OSError, http.client.HTTPException) as error:
+                    break
+            except Exception as error:
                 _close(error)
-                time.sleep(_RETRY_S)
-        logger.error("The control endpoint could not be published at %s; decode servers cannot help.", bootstrap_url)
+                if not is_outage and time.monotonic() - began_s >= _OUTAGE_S:
+                    is_outage = True
+                    metrics.FALLBACKS.add(reason="not_published")
+                    logger.error(
+                        "The control endpoint could not be published at %s for %d s; until it is, decode servers "
+                        "cannot help: %s", bootstrap_url, _OUTAGE_S, error,
+                    )  # fmt: skip
+            if stop.wait(pause_s):
+                return
+            pause_s = min(_MOST_RETRY_S, _RETRY_GROWTH * pause_s)
+        if is_outage:
+            logger.warning("The control endpoint is published at %s now.", bootstrap_url)
 
     thread = threading.Thread(target=run, name="dualpath-publish", daemon=True)
     thread.start()

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from sglang_dualpath import metrics
 from sglang_dualpath.connector import directory
 from sglang_dualpath.connector.directory import EndpointLookup, add_routes, publish
 from tests.connector.conftest import Serve
@@ -208,12 +209,84 @@ def test_publishing_goes_on_until_the_bootstrap_server_is_up(
     assert len(opened) == 3
 
 
-def test_publishing_that_never_succeeds_ends_with_an_error_in_the_log(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What takes a minute takes a tenth of a second."""
+    for name, seconds in (("_RETRY_S", 0.001), ("_MOST_RETRY_S", 0.01), ("_OUTAGE_S", 0.1)):
+        monkeypatch.setattr(directory, name, seconds)
+
+
+class Refusing:
+    """A bootstrap server that does not answer until it is told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+        self.answers = False
+        self.asked_s: list[float] = []
+        self._error = error
+        self._open = directory._OPENER.open
+        monkeypatch.setattr(directory._OPENER, "open", self._answer)
+
+    def _answer(self, *args: Any, **kwargs: Any) -> Any:
+        self.asked_s.append(time.monotonic())
+        if self.answers:
+            return self._open(*args, **kwargs)
+        raise self._error
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("error", [ConnectionRefusedError("refused"), RuntimeError("on purpose")], ids=repr)
+def test_publishing_goes_on_for_as_long_as_it_takes_and_says_so_once(
+    bootstrap: Bootstrap,
+    serve: Serve,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: Exception,
 ) -> None:
-    monkeypatch.setattr(directory, "_RETRY_S", 0.0)
-    publish("http://127.0.0.1:1", dp_rank=0, tp_rank=0, endpoint=ENDPOINT, attempts=3).join(10)
-    assert "could not be published at http://127.0.0.1:1" in caplog.text
+    caplog.set_level("INFO")
+    counted = metrics.FALLBACKS.value(reason="not_published")
+    address = serve(bootstrap.app)
+    server = Refusing(monkeypatch, error)
+    thread = publish(f"http://{address}", dp_rank=0, tp_rank=0, endpoint=ENDPOINT)
+    deadline_s = time.monotonic() + 10
+    while len(server.asked_s) < 80 and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    assert thread.is_alive()
+    assert caplog.text.count(f"could not be published at http://{address}") == 1
+    assert str(error) in caplog.text
+    assert metrics.FALLBACKS.value(reason="not_published") == counted + 1
+    server.answers = True
+    thread.join(10)
+    assert bootstrap.directory.endpoints == {"0.0": ENDPOINT}
+    assert "is published" in caplog.text
+
+
+@pytest.mark.usefixtures("impatient")
+def test_who_publishes_asks_ever_more_seldom_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+
+    class Stop(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            assert timeout is not None
+            pauses.append(timeout)
+            return len(pauses) == 50
+
+    Refusing(monkeypatch, ConnectionRefusedError())
+    publish("http://127.0.0.1:1", dp_rank=0, tp_rank=0, endpoint=ENDPOINT, stop=Stop()).join(10)
+    assert pauses[:2] == pytest.approx([0.001, 0.0011])
+    assert pauses[-1] == pytest.approx(0.01)
+    assert pauses == sorted(pauses)
+
+
+def test_publishing_ends_when_it_is_told_to(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    Refusing(monkeypatch, ConnectionRefusedError())
+    stop = threading.Event()
+    thread = publish("http://127.0.0.1:1", dp_rank=0, tp_rank=0, endpoint=ENDPOINT, stop=stop)
+    assert thread.daemon, "it does not keep its process"
+    thread.join(0.05)
+    stop.set()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert not caplog.messages
 
 
 # -- lookup ------------------------------------------------------------------------------------------------------------
