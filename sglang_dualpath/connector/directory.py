@@ -8,6 +8,7 @@ from __future__ import annotations
 import http.client
 import json
 import logging
+import socket
 import threading
 import time
 import urllib.error
@@ -166,6 +167,13 @@ class EndpointLookup:
                 absent_s = _NEGATIVE_S
             _close(error)
             logger.info("No DualPath control endpoint at %s: %s", bootstrap_addr, error)
+        except Exception:
+            logger.exception("%s could not be asked for control endpoints.", bootstrap_addr)
+        finally:
+            # Whatever happened: while somebody waits, the question is not asked again.
+            self._answer(bootstrap_addr, engines, absent_s)
+
+    def _answer(self, bootstrap_addr: str, engines: dict[str, str], absent_s: float) -> None:
         with self._lock:
             waiting = self._waiting.pop(bootstrap_addr, [])
             if engines:
@@ -198,5 +206,42 @@ def _close(error: Exception) -> None:
         error.close()
 
 
-# Servers of a cluster talk to each other directly, whatever proxy the environment names for the outside.
-_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+class _PromptSocket(socket.socket):
+    """Its timeout is that of all that it receives, not of each piece: a few bytes now and then are no answer."""
+
+    until_s = 0.0
+
+    def recv_into(self, *args: Any, **kwargs: Any) -> int:
+        left_s = self.until_s - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError("the answer took too long")
+        self.settimeout(left_s)
+        return super().recv_into(*args, **kwargs)
+
+
+class _PromptConnection(http.client.HTTPConnection):
+    def connect(self) -> None:
+        super().connect()
+        self.sock = _PromptSocket(fileno=self.sock.detach())
+        self.sock.settimeout(_TIMEOUT_S)
+        self.sock.until_s = time.monotonic() + _TIMEOUT_S
+
+
+class _PromptHandler(urllib.request.HTTPHandler):
+    def http_open(self, request: urllib.request.Request) -> Any:
+        return self.do_open(_PromptConnection, request)
+
+
+def _opener() -> urllib.request.OpenerDirector:
+    """Opens what it is told, in bounded time, and nothing else.
+
+    Servers of a cluster talk to each other directly, whatever proxy the environment names for the outside, and
+    wherever an answer sends them.
+    """
+    opener = urllib.request.OpenerDirector()
+    for handler in (_PromptHandler(), urllib.request.HTTPErrorProcessor(), urllib.request.HTTPDefaultErrorHandler()):
+        opener.add_handler(handler)
+    return opener
+
+
+_OPENER = _opener()

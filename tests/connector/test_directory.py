@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import queue
+import socket
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -399,6 +401,78 @@ def test_a_bad_answer_is_no_endpoint_and_does_not_stay(
 @pytest.mark.parametrize("address", ["", "no address", "127.0.0.1:notaport", "127.0.0.1:99999999", "[::1"])
 def test_an_address_that_is_none_is_no_endpoint(lookup: EndpointLookup, address: str) -> None:
     assert find(lookup, address) is None
+
+
+@pytest.fixture
+def dripping() -> Iterator[Callable[[bytes], str]]:
+    """Start a server that sends so much of a reply, and then a byte every now and then; gives its address."""
+    ended, threads = threading.Event(), []
+
+    def drip(listener: socket.socket, begin: bytes) -> None:
+        with listener, listener.accept()[0] as connection, contextlib.suppress(OSError):
+            connection.sendall(begin)
+            while not ended.wait(0.02):
+                connection.sendall(b"x")
+
+    def start(begin: bytes) -> str:
+        listener = socket.create_server(("127.0.0.1", 0))
+        threads.append(threading.Thread(target=drip, args=(listener, begin)))
+        threads[-1].start()
+        return f"127.0.0.1:{listener.getsockname()[1]}"
+
+    yield start
+    ended.set()
+    for thread in threads:
+        thread.join(10)
+
+
+@pytest.mark.parametrize(
+    "begin", [b"HTTP/1.1 2", b"HTTP/1.1 200 OK\r\nServer: s", b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n"]
+)
+def test_a_server_whose_answer_does_not_end_is_given_up(
+    lookup: EndpointLookup, dripping: Callable[[bytes], str], monkeypatch: pytest.MonkeyPatch, begin: bytes
+) -> None:
+    monkeypatch.setattr(directory, "_TIMEOUT_S", 0.3)
+    began_s = time.monotonic()
+    assert find(lookup, dripping(begin)) is None
+    assert 0.2 < time.monotonic() - began_s < 5
+
+
+def test_what_comes_in_small_pieces_is_not_received_for_longer() -> None:
+    ours, theirs = socket.socketpair()
+    with theirs, directory._PromptSocket(fileno=ours.detach()) as prompt:
+        theirs.sendall(b"xx")
+        prompt.until_s = time.monotonic() + 5
+        assert prompt.recv_into(bytearray(1)) == 1
+        prompt.until_s = time.monotonic()
+        with pytest.raises(TimeoutError, match="too long"):
+            prompt.recv_into(bytearray(1))
+
+
+def test_a_fault_that_nobody_thought_of_is_logged_and_leaves_nobody_waiting(
+    address: str,
+    lookup: EndpointLookup,
+    clock: Clock,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    put(address, engine())
+    with monkeypatch.context() as patched:
+        patched.setattr(directory._OPENER, "open", lambda *_, **__: 1 / 0)
+        assert find(lookup, address) is None
+    assert "ZeroDivisionError" in caplog.text
+    clock.now_s += 1.1
+    assert find(lookup, address) == ENDPOINT
+
+
+def test_a_server_that_sends_elsewhere_is_not_followed(
+    serve: Serve, address: str, bootstrap: Bootstrap, lookup: EndpointLookup
+) -> None:
+    put(address, engine())
+    elsewhere = Bootstrap()
+    elsewhere.answer = web.Response(status=302, headers={"Location": f"http://{address}{ROUTE}"})
+    assert find(lookup, serve(elsewhere.app)) is None
+    assert bootstrap.asked == 0
 
 
 def test_a_silent_engine_is_looked_up_again(address: str, bootstrap: Bootstrap, lookup: EndpointLookup) -> None:
