@@ -212,7 +212,9 @@ class NixlTransport:
         self._forget(met)
         if not peer.metadata:
             raise TransferError("it did not say what NIXL must know of it")
-        if not self._may_be_about(peer):
+        # NIXL tells whose metadata it is only after loading it, when it has changed what it knows of that agent; of one
+        # whose metadata turns out to be broken it forgets everything, and then cannot say how a write to it goes on.
+        if peer.session.encode() not in peer.metadata:
             raise TransferError("its metadata is that of another agent")
         name = self._agent.add_remote_agent(peer.metadata)
         name = name.decode() if isinstance(name, bytes) else name
@@ -222,16 +224,6 @@ class NixlTransport:
         met.name = name
         met.pages = self._agent.prep_xfer_dlist(name, _prepared(peer.pool), "DRAM")
         met.peer = peer
-
-    def _may_be_about(self, peer: Peer) -> bool:
-        """Whether a peer's metadata is its own, as far as can be seen before it is loaded.
-
-        NIXL tells whose it is only after that, when it has changed what it knows of that agent; of one whose metadata
-        turns out to be broken it forgets everything, and then it cannot say how a write to it goes on. All agents
-        write their metadata alike, so a peer's name must be where ours is in our own, and end there.
-        """
-        before, ours, after = self._metadata.partition(self.session.encode())
-        return not ours or peer.metadata.startswith(peer.session.encode() + after[:1], len(before))
 
     def _forget(self, met: _Met) -> None:
         """Unprepare a peer, so that the next push connects again: NIXL keeps none that has once failed."""
