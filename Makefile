@@ -15,11 +15,12 @@ COVERAGE_PERCENT := 95
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo lint unit checks e2e check-patches smoke test test-all test-gpu clean distclean
+.PHONY: help setup demo lint unit checks e2e check-patches smoke test test-cells test-all test-gpu clean distclean
 
 help:
 	@echo "make demo      both load paths on this machine, compared with stock SGLang token by token"
 	@echo "make test      lint, types, layers, unit tests, end-to-end tests, patches/"
+	@echo "make test-cells  outputs over each combination of README's table that make test leaves out"
 	@echo "make test-all  the same, end-to-end tests over the full cross of settings"
 	@echo "make test-gpu  lists and runs what only a CUDA machine can show, with \$$(GPU_PYTHON), which has SGLang and this package"
 	@echo "make smoke     the benchmark on a few short contexts: does it run, are its bytes right?"
@@ -69,6 +70,14 @@ test: checks e2e check-patches
 # No claim of speed: that the benchmark runs, and that its bytes and tokens are right.
 smoke: $(STAMP)
 	$(BIN)/python -m benchmarks.compare --preset smoke --out out/smoke
+
+# Each combination of README's table that CI leaves out: outputs against stock's, bytes read once; some 50 minutes.
+CELL_TESTS := nothing_is_cached or all_comes_from_storage or swapped_page or read_bytes_are_hit_bytes
+test-cells: export DUALPATH_TEST_CELLS := 1
+test-cells: $(STAMP)
+	@mkdir -p out
+	$(BIN)/python -m pytest -m "e2e and not gpu" tests/e2e/test_identity.py -k "$(CELL_TESTS)" --junitxml=out/cells.xml \
+	    $(PYTEST_ARGS)
 
 test-all: export DUALPATH_TEST_ALL := 1
 test-all: checks e2e check-patches

@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.e2e.cover import COVER, MODELS, RANKS, STORES, TRANSFERS, Row  # noqa: E402
+from tests.e2e.cover import COVER, MODELS, RANKS, STORES, TRANSFERS, cell  # noqa: E402
 
 BEGIN = "<!-- written by scripts/support_table.py -->\n"
 END = "<!-- end of what is written by scripts/support_table.py -->\n"
@@ -29,21 +29,15 @@ def table() -> str:
 def _lines() -> Iterator[list[str]]:
     yield ["transfer", "model", "tensor parallel", "host layout", *(f"store `{store}`" for store in STORES)]
     yield ["---"] * (4 + len(STORES))
+    in_ci = set(map(cell, COVER))
     for transfer, model, ranks in itertools.product(TRANSFERS, MODELS, RANKS):
-        cells = ["CI" if _in_ci(store, model, transfer, ranks) else "`make test-all`" for store in STORES]
+        cells = ["CI" if (store, model, transfer, ranks) in in_ci else "`make test-cells`" for store in STORES]
         yield [f"`{transfer}`", NAMES[model], NAMES[ranks], "`page_first_direct`", *cells]
     # Copied by kernels, which need a GPU: `make test-gpu` has servers of one kind.
     on_a_gpu = ["`make test-gpu`" if store == "file" else "not run" for store in STORES]
     yield ["either", NAMES["gqa"], NAMES["tp1"], "`page_first`", *on_a_gpu]
-    yield ["both", "others", "others", "`page_first`", *["not run"] * len(STORES)]
+    yield ["either", "others", "others", "`page_first`", *["not run"] * len(STORES)]
     yield ["others", "others", "-", "others", *["refused"] * len(STORES)]
-
-
-def _in_ci(store: str, model: str, transfer: str, ranks: str) -> bool:
-    def cell(row: Row) -> tuple[str, ...]:
-        return row.store, row.model, row.transfer, row.ranks
-
-    return (store, model, transfer, ranks) in map(cell, COVER)
 
 
 def in_readme(readme: str) -> str:

@@ -6,7 +6,7 @@ import importlib.util
 import itertools
 from pathlib import Path
 
-from tests.e2e.cover import APART, COVER, FULL, Row
+from tests.e2e.cover import APART, COVER, FULL, REST, ROUTERS, Row, cell
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -26,3 +26,8 @@ def test_the_rows_that_ci_runs_have_every_pair_of_values() -> None:
     for first, second in itertools.combinations(range(len(Row._fields)), 2):
         if (Row._fields[first], Row._fields[second]) != APART:
             assert {(row[first], row[second]) for row in COVER} == {(row[first], row[second]) for row in FULL}
+
+
+def test_every_cell_has_a_row_in_ci_or_among_the_rest() -> None:
+    assert sorted(map(cell, (*COVER, *REST))) == sorted({cell(row) for row in FULL})
+    assert {row.router for row in REST} == set(ROUTERS)
