@@ -220,3 +220,14 @@ def test_what_a_decode_engine_leaves_is_queued_here() -> None:
     desk.hear(Bye(ROOM, 0))
     assert desk.reads.queued_read_bytes() == 6 * PAGE_BYTES
     assert desk.reads.offered_read_bytes(PEER.decode()) == 0
+
+
+def test_nothing_more_is_begun_of_a_read_past_its_deadline() -> None:
+    """Its end would have to wait for that chunk, and so would the requests behind it."""
+    desk = Desk("prefill")
+    read = desk.reads.opened(desk.prefetch())
+    assert read is not None
+    desk.now_s = read.deadline_s - 0.01
+    assert desk.reads.next_own_claim(0.0) is not None
+    desk.now_s = read.deadline_s
+    assert desk.reads.next_own_claim(0.0) is None
