@@ -8,7 +8,7 @@ said to exist, as after an eviction between query and read. ``hop_s`` delays eac
 
 Each rank writes how many tokens of its host pool are free into ``free-<role>.<rank>``, a few times a second,
 and how often it delayed what into ``delays-<role>.<rank>``. While there is a file ``explain``, it also writes what
-its requests wait for into ``waiting-<role>.<rank>``.
+its requests wait for into ``waiting-<role>.<rank>``. It accounts for its pages when asked, see ``accounts.py``.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from sglang.srt.mem_cache.hicache_storage import HiCacheFile
 
+from tests.e2e.accounts import answer_for_accounts
 from tests.e2e.stuck import waiting_requests, watch_queues
 
 ROLE_ENV = "DUALPATH_TEST_ROLE"
@@ -74,6 +75,7 @@ class FaultyStore(HiCacheFile):
         self._names = (os.environ[ROLE_ENV], f"{os.environ[ROLE_ENV]}.{storage_config.tp_rank}")
         _delay_reads_of_this_process(self._fault)
         watch_queues()
+        answer_for_accounts(self._directory, self._names[1])
         threading.Thread(target=self._report, name="faulty-store-report", daemon=True).start()
 
     def _fault(self) -> Mapping[str, Any]:
