@@ -29,6 +29,7 @@ UNHOOKED = (
 REPOSITORY = Path(__file__).resolve().parents[2]
 MODELS: Mapping[Model, Callable[[Path], Path]] = {"gqa": small_identity_model, "mla": identity_mla_model}
 STORE_BYTES = 1 << 30
+CALM_LEASE_S = 2.5
 STOCK_TIMEOUT_S = 100.0  # the longest prompt takes some 10 s of a core
 SETTINGS = {"max_total_tokens": 16_000, "hicache_ratio": 2.0, "chunked_prefill_tokens": 4096}
 
@@ -118,7 +119,7 @@ def calm_flags(tp_size: int) -> tuple[str, ...]:
     Four schedulers and their threads wait for each other's turns here: leases that last, and reads so slow that the
     other side's ranks have had theirs before one engine is through.
     """
-    return ("--dualpath-lease", "2.5", "--dualpath-read-rate-limit", "32MiB") if tp_size > 1 else ()
+    return ("--dualpath-lease", str(CALM_LEASE_S), "--dualpath-read-rate-limit", "32MiB") if tp_size > 1 else ()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

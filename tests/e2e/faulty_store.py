@@ -2,9 +2,11 @@
 
 What is wrong is read from ``faults.json`` beside the pages, by the role in ``$DUALPATH_TEST_ROLE``, for all its ranks
 or for one: ``{"decode": {"page_s": 0.02, "error": true, "lose": 5}, "prefill.1": {"hop_s": 0.1, "control_s": 0.1}}``.
-``page_s`` delays each page; ``error`` raises; ``lose`` = n makes every n-th page (by its hash) unreadable though it is
-said to exist, as after an eviction between query and read. ``hop_s`` delays each push that the rank makes, and
-``control_s`` each message that it hears: the store is loaded into the rank's process before its reads are set up.
+``page_s`` delays each page, ``read_s`` each read of some; ``error`` raises; ``lose`` = n makes every n-th page (by its
+hash) unreadable though it is said to exist, as after an eviction between query and read. ``hop_s`` delays each push
+that the rank makes, ``late_push_s`` does so when it has looked for the last time whether the push is still wanted, and
+``control_s`` delays each message that it hears: the store is loaded into the rank's process before its reads are set
+up. ``every`` = n delays only the first of each n.
 
 Each rank writes how many tokens of its host pool are free into ``free-<role>.<rank>``, a few times a second,
 and how often it delayed what into ``delays-<role>.<rank>``. While there is a file ``explain``, it also writes what
@@ -36,6 +38,7 @@ BACKEND = {"backend_name": "faulty", "module_path": "tests.e2e.faulty_store", "c
 
 
 def _delay_reads_of_this_process(fault: Callable[[], Mapping[str, Any]]) -> None:
+    from sglang_dualpath.reader.carriage import Carriage
     from sglang_dualpath.reader.decode import DecodeReads
     from sglang_dualpath.reader.hop import HopReader
     from sglang_dualpath.reader.offers import OfferDesk
@@ -46,21 +49,35 @@ def _delay_reads_of_this_process(fault: Callable[[], Mapping[str, Any]]) -> None
         (DecodeReads, "handle", "control_s"),
     ):
         setattr(cls, method, _late(getattr(cls, method), fault, kind))
+    refused_push = Carriage.refused_push
+
+    @functools.wraps(refused_push)
+    def late_push(self: Any, chunk: Any) -> str | None:
+        problem = refused_push(self, chunk)
+        if problem is None:
+            _delay("late_push_s", fault())
+        return problem
+
+    Carriage.refused_push = late_push
 
 
 _delays: Counter[str] = Counter()
+_turns: Counter[str] = Counter()
 
 
-def _delay(kind: str, delay_s: float) -> None:
-    if delay_s:
-        _delays[kind] += 1
-        time.sleep(delay_s)
+def _delay(kind: str, fault: Mapping[str, Any]) -> None:
+    if delay_s := fault.get(kind, 0.0):
+        turn = _turns[kind]
+        _turns[kind] += 1
+        if turn % fault.get("every", 1) == 0:
+            _delays[kind] += 1
+            time.sleep(delay_s)
 
 
 def _late(original: Callable[..., Any], fault: Callable[[], Mapping[str, Any]], kind: str) -> Callable[..., Any]:
     @functools.wraps(original)
     def late(*args: Any) -> Any:
-        _delay(kind, fault().get(kind, 0.0))
+        _delay(kind, fault())
         return original(*args)
 
     return late
@@ -104,10 +121,11 @@ class FaultyStore(HiCacheFile):
         fault = self._fault()
         if fault.get("error"):
             raise OSError("the test says that this read fails")
+        _delay("read_s", fault)
         pool = self.mem_pool_host
         good = []
         for number, key in enumerate(keys):
-            _delay("page_s", fault.get("page_s", 0.0))
+            _delay("page_s", fault)
             lost = "lose" in fault and int(key[:8], 16) % fault["lose"] == 0
             page = None if lost else self.get(key, pool.get_dummy_flat_data_page())
             if page is not None:

@@ -19,7 +19,7 @@ from benchmarks.testbed.errors import RequestError
 from benchmarks.testbed.servers import ServerSpec
 from benchmarks.testbed.store import StoreSpec
 from tests.e2e.accounts import unaccounted
-from tests.e2e.conftest import REPOSITORY, calm_flags, log_dir
+from tests.e2e.conftest import CALM_LEASE_S, REPOSITORY, calm_flags, log_dir
 from tests.e2e.counters import Counters, count
 from tests.e2e.cover import MODELS, TRANSFERS, Model, Transfer
 from tests.e2e.faulty_store import BACKEND, ROLE_ENV
@@ -47,9 +47,12 @@ class Pair:
         self._directory = cluster.store.directory.parent
         self.expected: Outputs = ask_all(cluster, prompts)
 
-    def hold_up(self, kind: str, delay_s: float, *ranks: str) -> None:
-        """Delay each store read of a page, push or message (`kind`) of these ranks from now on, and no other."""
-        faults: dict[str, dict[str, float]] = {rank: {kind: delay_s} for rank in ranks}
+    def hold_up(self, kind: str, delay_s: float, *ranks: str, every: int = 1) -> None:
+        """Delay the first of `every` store reads, pushes or messages (`kind`) of these ranks from now on, and no other.
+
+        See `faulty_store` for the kinds.
+        """
+        faults: dict[str, dict[str, float]] = {rank: {kind: delay_s, "every": every} for rank in ranks}
         if kind == "control_s" and ranks:
             # Reads that take so long that a word which comes late is still of use.
             for rank in ("prefill.0", "prefill.1"):
@@ -181,6 +184,27 @@ def test_one_rank_held_up(pair: Pair, kind: str, delay_s: float, ranks: tuple[st
         assert any(number in line for line in shared), f"{number} shared no read"
     assert pair.leaks() == []
     assert [rank for rank in ranks if pair.delays(kind, rank) <= delayed[rank]] == [], "nothing was held up there"
+
+
+@pytest.mark.parametrize(
+    ("kind", "delay_s", "every", "rank", "requests", "reason"),
+    [
+        # Pages land late, after others have taken their place.
+        ("late_push_s", 1.3 * CALM_LEASE_S, 3, "decode.1", 12, "lease_expired"),
+        # The first read alone, so that what waits behind it is not late because of further ones.
+        ("read_s", DEADLINE_S + 1, 1000, "prefill.0", 4, "read_deadline"),
+    ],
+    ids=["pushes longer than their lease", "store read longer than its deadline"],
+)
+def test_one_rank_held_up_for_longer_than_it_may(
+    pair: Pair, kind: str, delay_s: float, every: int, rank: str, requests: int, reason: str
+) -> None:
+    pair.cluster.flush()
+    pair.hold_up(kind, delay_s, rank, every=every)
+    seen = pair.ask(list(pair.prompts)[:requests], at_once=4)
+    pair.hold_up(kind, 0.0)  # on no rank
+    assert seen.total("fallbacks_total", reason) > 0
+    assert pair.leaks() == []
 
 
 def test_ranks_have_equally_many_host_pages(pair: Pair) -> None:
