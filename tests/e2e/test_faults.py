@@ -19,6 +19,7 @@ from benchmarks.testbed.errors import RequestError
 from benchmarks.testbed.network import NetworkSpec
 from benchmarks.testbed.servers import ServerSpec
 from benchmarks.testbed.store import StoreSpec
+from tests.e2e.accounts import unaccounted
 from tests.e2e.conftest import REPOSITORY, SETTINGS, log_dir
 from tests.e2e.counters import Counters, count
 from tests.e2e.cover import TRANSFERS, Model
@@ -75,6 +76,10 @@ class Faults:
                 time.sleep(0.05)
 
         return wait
+
+    def unaccounted(self) -> list[str]:
+        """What is wrong with the pages of the DualPath servers. Empties their caches, but does not flush."""
+        return unaccounted(self._file.parent, ("prefill.0", "decode.0"))
 
     def flush(self) -> None:
         self.set()
@@ -143,7 +148,7 @@ def faults(request: pytest.FixtureRequest, model_path: Callable[[Model], Path]) 
 
 @pytest.fixture(autouse=True)
 def whole_again(faults: Faults) -> Iterator[None]:
-    """After each test the pools, the reserve, threads and descriptors are what they were before it."""
+    """After each test no page is lost, and the reserve, threads and descriptors are what they were before it."""
     faults.flush()
     faults.set()
     assert ask_pair(faults.cluster, PROMPTS[0]) == faults.expected[0]
@@ -151,7 +156,10 @@ def whole_again(faults: Faults) -> Iterator[None]:
     before = _resources(faults.cluster)
     yield
     faults.heal("decode")
+    faults.set()
+    lost = faults.unaccounted()
     faults.flush()
+    assert lost == []
     deadline = time.monotonic() + 20
     while (left := _leaks(before, _resources(faults.cluster), count(faults.cluster))) and time.monotonic() < deadline:
         time.sleep(0.5)
