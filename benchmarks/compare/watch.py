@@ -43,7 +43,7 @@ class Seen:
 
 
 class Watch:
-    """Watches one system from its making until `stop`, which has to be called."""
+    """Watches one system from its making until `stop` or `abandon`, one of which has to be called."""
 
     def __init__(self, system: str, target: Target, *, sample_s: float) -> None:
         self._system = system
@@ -61,7 +61,7 @@ class Watch:
         return time.perf_counter() - self.zero
 
     def stop(self) -> Seen:
-        """Ends the sampling a moment after the last packets; may be called for its ending alone."""
+        """End the sampling a moment after the last packets."""
         time.sleep(_SETTLE_S)
         samples = self._sampler.stop(self.zero)
         after = self._target.link_bytes()

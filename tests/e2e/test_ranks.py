@@ -95,7 +95,6 @@ class Pair:
             time.sleep(0.05)
         return {rank: int(file.read_text()) for rank, file in files.items()}
 
-
     def ask(self, names: Sequence[str], at_once: int) -> Counters:
         """Ask these prompts. Asserts that no answer differs or is late; returns what was counted meanwhile."""
         before = count(self.cluster)
