@@ -79,14 +79,11 @@ def add_routes(router: web.UrlDispatcher) -> EngineDirectory:
     return directory
 
 
-def publish(
-    bootstrap_url: str, *, dp_rank: int, tp_rank: int, endpoint: str, stop: threading.Event | None = None
-) -> threading.Thread:
-    """Register a prefill engine from a thread of its own, again and again until that succeeds or ``stop`` is set.
+def publish(bootstrap_url: str, *, dp_rank: int, tp_rank: int, endpoint: str) -> threading.Thread:
+    """Register a prefill engine from a thread of its own, again and again until that succeeds or the process ends.
 
     Without another end: decode servers never help an engine that is not registered, and nobody else would try again.
     """
-    stop = stop or threading.Event()
 
     def run() -> None:
         body = json.dumps({"dp_rank": dp_rank, "tp_rank": tp_rank, "endpoint": endpoint}).encode()
@@ -109,8 +106,7 @@ def publish(
                         "The control endpoint could not be published at %s for %d s; until it is, decode servers "
                         "cannot help: %s", bootstrap_url, _OUTAGE_S, error,
                     )  # fmt: skip
-            if stop.wait(pause_s):
-                return
+            time.sleep(pause_s)
             pause_s = min(_MOST_RETRY_S, _RETRY_GROWTH * pause_s)
         if is_outage:
             logger.warning("The control endpoint is published at %s now.", bootstrap_url)

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 import pytest
 from aiohttp import web
 
+from tests.connector.bootstrap import Bootstrap
+
 Serve = Callable[[web.Application], str]
 
 
@@ -42,3 +44,13 @@ def serve() -> Iterator[Serve]:
     loop.call_soon_threadsafe(loop.stop)
     thread.join(10)
     loop.close()
+
+
+@pytest.fixture
+def bootstrap() -> Bootstrap:
+    return Bootstrap()
+
+
+@pytest.fixture
+def address(serve: Serve, bootstrap: Bootstrap) -> str:
+    return serve(bootstrap.app)
