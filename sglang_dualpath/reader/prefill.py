@@ -279,9 +279,7 @@ class PrefillReads:
 
     def _own_claim(self) -> tuple[PrefillRead, Grant] | None:
         now = self.clock()
-        # One past its deadline ends as soon as it is waited for, and would have to wait for a chunk that is begun now.
-        in_time = [read for read in self.reads.values() if now < read.deadline_s]
-        for read in in_turn(in_time, self.decode_rates, self.rate.bytes_per_s):
+        for read in in_turn(self.reads.values(), self.decode_rates, self.rate.bytes_per_s, now_s=now):
             answer = read.ledger.claim(OWN, max_pages=None, now_s=now)
             if isinstance(answer, Grant):
                 return read, answer

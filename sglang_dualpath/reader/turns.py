@@ -8,8 +8,13 @@ from collections.abc import Iterable, Mapping
 from sglang_dualpath.reader.prefill_read import PrefillRead
 
 
-def in_turn(reads: Iterable[PrefillRead], rates: Mapping[str, float], own_rate: float | None) -> list[PrefillRead]:
+def in_turn(
+    reads: Iterable[PrefillRead], rates: Mapping[str, float], own_rate: float | None, *, now_s: float
+) -> list[PrefillRead]:
     """Open reads with anything unclaimed, the one first that the prefill engine should help next.
+
+    Not those past their deadline: such a read ends as soon as it is waited for, and would have to wait for a chunk
+    that is begun now.
 
     That is the oldest, as SGLang ends prefetches in their order. But where several decode engines read, or none reads
     some, the one that is always helped first runs dry first, and its NIC idles while others have much left. So reads
@@ -23,9 +28,10 @@ def in_turn(reads: Iterable[PrefillRead], rates: Mapping[str, float], own_rate: 
         reads: oldest first.
         rates: bytes per second that a decode engine reads; one that is not in it reads as fast as this engine.
         own_rate: bytes per second that this engine reads, None before the first read.
+        now_s: time by the clock that the reads' deadlines are of.
     """
-    able = [read for read in reads if not read.closed and read.ledger.span_left[0] < read.ledger.end_page]
-    able = [read for read in able if not read.prefetch.is_cancelled()]
+    able = [read for read in reads if now_s < read.deadline_s and not read.closed and not read.prefetch.is_cancelled()]
+    able = [read for read in able if read.ledger.span_left[0] < read.ledger.end_page]
     helpers = {read: _helper(read) for read in able}
     if len(set(helpers.values())) < 2:
         return able
