@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from benchmarks.compare.schema import Ratios, Result, Settings, Sustained
+from benchmarks.compare.schema import Ratios, Result, Sustained
 from benchmarks.compare.systems import is_dualpath
 
 REFERENCES = ("sgl_mc", "sgl_mc_both")  # what all others are divided by in the report
@@ -27,7 +27,7 @@ def markdown(result: Result, plots: tuple[str, ...] = ()) -> str:
         f"# {settings.preset}: {settings.prefill_servers} prefill and {settings.decode_servers} decode servers",
         "",
         f"{links}; {settings.agents} agents x {settings.rounds} rounds x {settings.passes} passes, {settings.mode}, "
-        f"{_arrivals(settings)}, "
+        f"{settings.arrivals}, "
         f"trace: {settings.trace or ('synthetic, low reuse' if settings.low_reuse else 'synthetic')}; "
         f"{_how_often(result)} The run is {verdict}.",
         "",
@@ -52,14 +52,6 @@ def markdown(result: Result, plots: tuple[str, ...] = ()) -> str:
         "Versions: " + ", ".join(f"{name} {version}" for name, version in result.versions.items()) + ".",
     ]  # fmt: skip
     return "\n".join(lines).rstrip() + "\n"
-
-
-def _arrivals(settings: Settings) -> str:
-    if settings.mode == "offline":
-        return f"at most {settings.in_flight} requests in flight"
-    if settings.mode == "poisson":
-        return f"reads arrive at {settings.load:.0%} of what all storage links carry"
-    return "agents arrive at rates that are searched"
 
 
 def _how_often(result: Result) -> str:

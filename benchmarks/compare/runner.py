@@ -187,6 +187,6 @@ def _describe(settings: Settings, workload: Workload, say: Say) -> None:
     say(
         f"{settings.preset}: {', '.join(settings.systems)}; {settings.prefill_servers}P{settings.decode_servers}D, "
         f"{links}; {workload.name}, {len(workload.trajectories)} agents, {requests} requests per repetition, prompts "
-        f"up to {longest:,} tokens, {settings.in_flight} in flight; a prefill server's prefetch window holds "
+        f"up to {longest:,} tokens, {settings.arrivals}; a prefill server's prefetch window holds "
         f"{window // max(1, longest)} of the longest."
     )

@@ -73,6 +73,15 @@ class Settings(msgspec.Struct, frozen=True):
     def in_flight(self) -> int:
         return self.in_flight_per_prefill * self.prefill_servers
 
+    @property
+    def arrivals(self) -> str:
+        """How requests come, in words."""
+        if self.mode == "offline":
+            return f"at most {self.in_flight} requests in flight"
+        if self.mode == "poisson":
+            return f"reads arrive at {self.load:.0%} of what all storage links carry"
+        return "agents arrive at rates that are searched"
+
     def work(self) -> dict[str, Any]:
         """What has to be the same for two results to be compared: all but who does it, and how often."""
         return {name: getattr(self, name) for name in self.__struct_fields__ if name not in {"systems", "repetitions"}}

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,10 @@ def server() -> Iterator[Any]:
 class Made:
     """Results as a run would make them, with chosen job times."""
 
+    stock = (100.0, 102.0, 98.0, 101.0, 99.0)
+    """Job times of repetitions, in seconds."""
+    ours = (51.0, 52.0, 50.0, 51.5, 50.5)
+
     def __init__(self) -> None:
         self.settings: Settings = PRESETS["pair"]
         self.hits = workload_of(self.settings).total_hit_tokens(PAGE_TOKENS)
@@ -54,7 +58,7 @@ class Made:
             "written_bytes": 7, "cpu_busy": 0.5, "base_ttft_s": 0.5, "failed": 0, "start_s": 1.0,
         } | changes)  # fmt: skip
 
-    def result(self, times_s: dict[str, list[float]], **changes: Any) -> Result:
+    def result(self, times_s: Mapping[str, Sequence[float]], **changes: Any) -> Result:
         repetitions = [self.repetition(system, number, jct_s, **changes)
                        for system, values in times_s.items() for number, jct_s in enumerate(values)]  # fmt: skip
         return summarise(self.settings, workload_of(self.settings), repetitions, sustained={}, versions={}, total_s=1.0)
@@ -63,3 +67,9 @@ class Made:
 @pytest.fixture
 def made() -> Made:
     return Made()
+
+
+@pytest.fixture
+def result(made: Any) -> Any:
+    """Of a run in which ours took half as long as stock."""
+    return made.result({"sgl_mc": made.stock, "dualpath:split": made.ours})

@@ -1,4 +1,4 @@
-"""From repetitions to result.json, its report, and what CI makes of it."""
+"""From repetitions to result.json and its report."""
 
 from __future__ import annotations
 
@@ -10,23 +10,13 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmarks.compare.__main__ import app
-from benchmarks.compare.baseline import below_ratio, regressions
 from benchmarks.compare.plots import draw
 from benchmarks.compare.presets import PRESETS
 from benchmarks.compare.report import markdown
 from benchmarks.compare.runner import workload_of
 from benchmarks.compare.schema import ResultError, Sustained, Trial, load_result, save
 from benchmarks.compare.summary import merge, summarise
-from benchmarks.compare.sustained import search
 from benchmarks.load.measures import Record, latencies
-
-STOCK = [100.0, 102.0, 98.0, 101.0, 99.0]
-OURS = [51.0, 52.0, 50.0, 51.5, 50.5]
-
-
-@pytest.fixture
-def result(made: Any) -> Any:
-    return made.result({"sgl_mc": STOCK, "dualpath:split": OURS})
 
 
 def test_ratios_are_of_medians_for_every_pair_in_both_directions(result: Any) -> None:
@@ -76,20 +66,20 @@ def test_a_run_of_equal_work_is_valid(result: Any) -> None:
 
 
 def test_a_failed_request_makes_a_run_invalid(made: Any) -> None:
-    result = made.result({"sgl_mc": STOCK, "dualpath:split": OURS}, failed=1)
+    result = made.result({"sgl_mc": made.stock, "dualpath:split": made.ours}, failed=1)
     assert not result.valid
     assert "5 requests failed" in result.reasons[0]
 
 
 def test_lost_hits_make_a_run_invalid(made: Any) -> None:
-    result = made.result({"sgl_mc": STOCK, "dualpath:split": OURS}, hit_tokens=made.hits * 99 // 100)
+    result = made.result({"sgl_mc": made.stock, "dualpath:split": made.ours}, hit_tokens=made.hits * 99 // 100)
     assert not result.valid
     assert "expected hit tokens" in result.reasons[0]
 
 
 def test_systems_that_hit_differently_cannot_be_compared(made: Any) -> None:
-    result = made.result({"sgl_mc": STOCK})
-    ours = made.result({"dualpath:split": OURS}, hit_tokens=made.hits * 102 // 100)
+    result = made.result({"sgl_mc": made.stock})
+    ours = made.result({"dualpath:split": made.ours}, hit_tokens=made.hits * 102 // 100)
     joined = merge([result, ours], workload_of(made.settings))
     assert not joined.valid
     assert "hit tokens of all systems" in joined.reasons[0]
@@ -98,58 +88,58 @@ def test_systems_that_hit_differently_cannot_be_compared(made: Any) -> None:
 def test_hits_that_were_still_in_memory_make_a_run_invalid(made: Any) -> None:
     record = Record(0, 0, 0.0, 1.0, 1.1, 50.0, prompt_tokens=8000, cached_tokens=6400, cached_storage_tokens=6400,
                     output_tokens=16)  # fmt: skip
-    assert made.result({"sgl_mc": STOCK}, records=[record]).valid
-    found = made.result({"sgl_mc": STOCK}, records=[msgspec.structs.replace(record, cached_storage_tokens=6000)])
+    assert made.result({"sgl_mc": made.stock}, records=[record]).valid
+    found = made.result({"sgl_mc": made.stock}, records=[msgspec.structs.replace(record, cached_storage_tokens=6000)])
     assert found.reasons == ["sgl_mc: 0.9375 of the hit tokens came from storage"]
 
 
 def test_an_oracle_that_loads_is_none(made: Any) -> None:
     record = Record(0, 0, 0.0, 1.0, 1.1, 50.0, prompt_tokens=8000, cached_tokens=6400, cached_device_tokens=6400,
                     cached_storage_tokens=0, output_tokens=16)  # fmt: skip
-    assert made.result({"oracle": STOCK}, records=[record]).valid
+    assert made.result({"oracle": made.stock}, records=[record]).valid
     evicted = msgspec.structs.replace(record, cached_device_tokens=6000, cached_storage_tokens=400)
-    found = made.result({"oracle": STOCK}, records=[evicted])
+    found = made.result({"oracle": made.stock}, records=[evicted])
     assert found.reasons == ["oracle: 0.9375 of the hit tokens came from device memory"]
 
 
 def test_a_repetition_in_which_all_failed_can_be_read_again(made: Any, tmp_path: Path) -> None:
     lost = latencies([Record(0, 0, 0.0, error="lost")])
-    found = made.result({"sgl_mc": STOCK, "dualpath:split": OURS}, measured=lost, failed=1)
+    found = made.result({"sgl_mc": made.stock, "dualpath:split": made.ours}, measured=lost, failed=1)
     save(found, tmp_path / "result.json")
     assert load_result(tmp_path / "result.json").reasons == found.reasons
 
 
 def test_fewer_bytes_than_hits_make_a_run_invalid(made: Any) -> None:
-    few = made.result({"sgl_mc": STOCK}, read_bytes=int(0.9 * made.hits * 16384))
+    few = made.result({"sgl_mc": made.stock}, read_bytes=int(0.9 * made.hits * 16384))
     assert few.reasons == ["sgl_mc: storage links carried 0.900 times the hit bytes (0.98 to 1.06)"]
-    many = made.result({"sgl_mc": STOCK}, read_bytes=int(1.2 * made.hits * 16384))
+    many = made.result({"sgl_mc": made.stock}, read_bytes=int(1.2 * made.hits * 16384))
     assert many.valid
     assert not all(check.holds for check in many.checks)
 
 
 def test_systems_of_several_runs_are_not_called_interleaved(made: Any) -> None:
-    stock, ours = made.result({"sgl_mc": STOCK}), made.result({"dualpath:split": OURS})
+    stock, ours = made.result({"sgl_mc": made.stock}), made.result({"dualpath:split": made.ours})
     ours.versions["commit"] = "abc"
     joined = merge([stock, ours], workload_of(made.settings))
     assert joined.measured_apart
     assert joined.versions["commit of dualpath:split"] == "abc"
     assert "systems measured in runs of their own" in markdown(joined)
     assert merge([joined], workload_of(made.settings)).measured_apart
-    together = made.result({"sgl_mc": STOCK, "dualpath:split": OURS})
+    together = made.result({"sgl_mc": made.stock, "dualpath:split": made.ours})
     assert "systems in turns" in markdown(together)
 
 
 def test_the_default_prefetch_policy_may_lose_hits(made: Any) -> None:
-    shown = made.result({"sgl_mc_default": STOCK}, hit_tokens=1000, failed=2)
-    joined = merge([made.result({"sgl_mc": STOCK}), shown], workload_of(made.settings))
+    shown = made.result({"sgl_mc_default": made.stock}, hit_tokens=1000, failed=2)
+    joined = merge([made.result({"sgl_mc": made.stock}), shown], workload_of(made.settings))
     assert joined.valid, joined.reasons
 
 
 def test_results_of_other_settings_are_not_joined(made: Any) -> None:
-    one = made.result({"sgl_mc": STOCK})
+    one = made.result({"sgl_mc": made.stock})
     made.settings = msgspec.structs.replace(made.settings, snic_mbit=400)
     with pytest.raises(ValueError, match="differ in snic_mbit"):
-        merge([one, made.result({"dualpath:split": OURS})], workload_of(made.settings))
+        merge([one, made.result({"dualpath:split": made.ours})], workload_of(made.settings))
 
 
 def test_the_limit_of_a_system_is_that_of_the_links_it_may_read_through(result: Any) -> None:
@@ -158,125 +148,14 @@ def test_the_limit_of_a_system_is_that_of_the_links_it_may_read_through(result: 
 
 
 def test_the_share_of_the_oracle_is_that_of_throughput(made: Any) -> None:
-    result = made.result({"dualpath:split": OURS, "oracle": [40.8] * 5})
+    result = made.result({"dualpath:split": made.ours, "oracle": [40.8] * 5})
     assert result.oracle_share["dualpath:split"] == pytest.approx(0.8)
-    assert made.result({"dualpath:split": OURS}).oracle_share["dualpath:split"] is None
+    assert made.result({"dualpath:split": made.ours}).oracle_share["dualpath:split"] is None
 
 
 def test_one_repetition_has_no_interval(made: Any) -> None:
     result = made.result({"sgl_mc": [100.0], "dualpath:split": [51.0]})
     assert result.ratios["dualpath:split/sgl_mc"].throughput_ci is None
-
-
-def test_the_same_result_is_no_regression(result: Any) -> None:
-    assert regressions(result, result) == []
-
-
-def test_a_lower_ratio_beyond_its_interval_is_a_regression(made: Any, result: Any) -> None:
-    worse = made.result({"sgl_mc": STOCK, "dualpath:split": [1.2 * value for value in OURS]})
-    assert "dualpath:split/sgl_mc" in regressions(worse, result)[0]
-    assert regressions(result, worse) == []
-
-
-def test_reads_that_take_longer_are_a_regression_where_they_are_alone(made: Any) -> None:
-    systems = ("dualpath:shorter_queue", "dualpath:split")
-    made.settings = msgspec.structs.replace(made.settings, mode="poisson", systems=systems)
-
-    def half_load(read_s: float) -> Any:
-        theirs, ours = ([made.repetition(system, number, 50.0) for number in range(5)] for system in systems)
-        for one in ours:
-            one.measured.read_mean_s = read_s
-        both = [*theirs, *ours]
-        return summarise(made.settings, workload_of(made.settings), both, sustained={}, versions={}, total_s=1)
-
-    for one in (good := half_load(0.3)), half_load(0.29):
-        assert regressions(one, good) == []
-    assert "dualpath:split/dualpath:shorter_queue: mean read time ratio 0.80" in regressions(half_load(0.4), good)[0]
-
-
-def test_a_lower_sustained_rate_is_a_regression_when_its_steps_tell(made: Any, result: Any) -> None:
-    def online(ours: list[bool]) -> Any:
-        found = made.result({"sgl_mc": STOCK, "dualpath:split": OURS})
-        found.settings = PRESETS["online"]
-        for system, held in (("sgl_mc", [True, False, False]), ("dualpath:split", ours)):
-            trials = iter(held)
-
-            def play_at(rate: float, _: int, trials: Any = trials) -> Trial:
-                return Trial(rate, 1.0, next(trials), found.measured["sgl_mc"])
-
-            found.sustained[system] = search(play_at, highest_per_s=1.0 if system == "sgl_mc" else 2.0, steps=3)
-        return found
-
-    good = online([True, True, True])
-    assert regressions(good, good) == []
-    assert regressions(online([True, True, False]), good) == []  # the next rate is that of the baseline
-    assert "dualpath:split/sgl_mc: sustained rate ratio 1.00" in regressions(online([False, True, False]), good)[0]
-
-
-def test_bytes_that_are_read_twice_are_a_regression(made: Any, result: Any) -> None:
-    counted = {"prefill": 2 * made.hits * 16384}
-    twice = made.result({"sgl_mc": STOCK, "dualpath:split": OURS}, counted_read_bytes=counted)
-    says = "dualpath:split read 2.000 times the hit bytes, and 1.000 times in the baseline."
-    assert regressions(twice, result) == [says]
-    assert regressions(twice, twice) == []
-
-
-def test_a_lower_ratio_within_a_wide_interval_is_none(made: Any, result: Any) -> None:
-    noisy = made.result({"sgl_mc": STOCK, "dualpath:split": [40.0, 45.0, 57.0, 62.0, 70.0]})
-    assert regressions(noisy, result) == []
-
-
-def test_a_baseline_of_other_settings_says_so(made: Any, result: Any) -> None:
-    made.settings = msgspec.structs.replace(made.settings, snic_mbit=400)
-    other = made.result({"sgl_mc": STOCK, "dualpath:split": OURS})
-    assert "other settings (snic_mbit)" in regressions(other, result)[0]
-
-
-def test_a_baseline_of_another_model_says_so(made: Any, result: Any) -> None:
-    other = made.result({"sgl_mc": STOCK, "dualpath:split": OURS})
-    other.versions["model"] = "smaller"
-    assert "other settings (model)" in regressions(other, result)[0]
-
-
-def test_an_invalid_baseline_is_none(made: Any, result: Any) -> None:
-    baseline = made.result({"sgl_mc": STOCK, "dualpath:split": OURS}, failed=1)
-    assert "The baseline is an invalid run" in regressions(result, baseline)[0]
-
-
-def test_stock_is_not_judged(made: Any) -> None:
-    baseline = made.result({"sgl_mc": STOCK, "sgl_mc_both": STOCK, "dualpath:split": OURS})
-    slower = made.result({"sgl_mc": STOCK, "sgl_mc_both": [2 * value for value in STOCK], "dualpath:split": OURS})
-    assert regressions(slower, baseline) == []
-
-
-def test_a_baseline_of_other_systems_is_not_passed_silently(made: Any, result: Any) -> None:
-    assert "no system in common" in regressions(made.result({"sgl_mc": STOCK}), result)[0]
-
-
-def test_the_least_ratio_is_asked_of_the_lower_end(result: Any) -> None:
-    low = result.ratios["dualpath:split/sgl_mc"].throughput_ci[0]
-    assert below_ratio(result, low - 0.01) == []
-    assert below_ratio(result, low + 0.01)
-
-
-def test_a_run_without_dualpath_is_below_any_ratio(made: Any) -> None:
-    assert below_ratio(made.result({"sgl_mc": STOCK}), 0.1)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "status"),
-    [([], 0), (["--baseline", "same.json"], 0), (["--min-ratio", "1.5"], 0), (["--min-ratio", "2.5"], 1),
-     (["--baseline", "better.json"], 1), (["--baseline", "missing.json"], 2)],
-)  # fmt: skip
-def test_exit_status(
-    made: Any, result: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], status: int
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("benchmarks.compare.plots.draw", lambda *_: ())
-    save(result, tmp_path / "same.json")
-    save(made.result({"sgl_mc": STOCK, "dualpath:split": [value / 1.5 for value in OURS]}), tmp_path / "better.json")
-    done = CliRunner().invoke(app, ["--result", "same.json", "--out", "out", *arguments])
-    assert done.exit_code == status, done.output
 
 
 @pytest.mark.parametrize("trace", [None, "nowhere.json"])
@@ -316,7 +195,7 @@ def test_systems_that_met_the_same_arrivals_are_resampled_together(made: Any) ->
 
 def test_an_invalid_run_exits_with_1(made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.compare.plots.draw", lambda *_: ())
-    save(made.result({"sgl_mc": STOCK, "dualpath:split": OURS}, failed=1), tmp_path / "r.json")
+    save(made.result({"sgl_mc": made.stock, "dualpath:split": made.ours}, failed=1), tmp_path / "r.json")
     done = CliRunner().invoke(app, ["--result", str(tmp_path / "r.json"), "--out", str(tmp_path)])
     assert done.exit_code == 1
     assert "invalid" in done.output
@@ -365,9 +244,9 @@ def test_the_report_names_every_system_and_what_was_checked(result: Any) -> None
 
 
 def test_the_report_compares_the_default_with_every_other_policy(made: Any) -> None:
-    others = {f"dualpath:{name}": STOCK for name in ("prefill", "decode", "mine")}
+    others = {f"dualpath:{name}": made.stock for name in ("prefill", "decode", "mine")}
     made.settings = msgspec.structs.replace(made.settings, systems=("sgl_mc", "dualpath:split", *others))
-    text = markdown(made.result({"sgl_mc": STOCK, "dualpath:split": OURS} | others))
+    text = markdown(made.result({"sgl_mc": made.stock, "dualpath:split": made.ours} | others))
     for name in others:
         assert f"| dualpath:split / {name} | 1.96 (" in text
         assert f"| {name} / sgl_mc | 1.00 (" in text
@@ -380,19 +259,19 @@ def test_the_report_compares_the_default_with_every_other_policy(made: Any) -> N
 )  # fmt: skip
 def test_the_report_says_how_requests_came(made: Any, preset: str, says: str) -> None:
     made.settings = PRESETS[preset]
-    assert says in markdown(made.result({"sgl_mc": STOCK}))
+    assert says in markdown(made.result({"sgl_mc": made.stock}))
 
 
 @pytest.mark.parametrize(
     ("cores", "says"), [([], "| 50% |"), ([0.98, 0.31], "| 98%, 31% |"), ([0.1] * 15 + [0.7], "| 50%, busiest 70% |")]
 )
 def test_the_report_has_every_core_of_a_small_machine(made: Any, cores: list[float], says: str) -> None:
-    text = markdown(made.result({"sgl_mc": STOCK}, core_busy=cores))
+    text = markdown(made.result({"sgl_mc": made.stock}, core_busy=cores))
     assert says in next(line for line in text.splitlines() if line.startswith("| sgl_mc |"))
 
 
 def test_the_report_says_invalid_first(made: Any) -> None:
-    text = markdown(made.result({"sgl_mc": STOCK}, failed=1))
+    text = markdown(made.result({"sgl_mc": made.stock}, failed=1))
     assert "**INVALID: sgl_mc: 5 requests failed" in text
 
 
