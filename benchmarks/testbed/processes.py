@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import threading
 import time
 import urllib.error
@@ -40,6 +42,7 @@ class Process:
     command: tuple[str, ...]
     log_path: Path
     popen: subprocess.Popen[bytes]
+    temporary: Path
     stage: str = ""
 
     @property
@@ -109,19 +112,24 @@ class Processes:
         """Start a command in a process group of its own, in a network namespace if one is named.
 
         Its output goes to NAME.log. Neighbours of the same `stage` are ended together. `env` replaces the whole
-        environment. The namespace is entered by `nsenter --net`, which unlike `ip netns exec` leaves the mounts alone:
-        SGLang sizes its pools by the control group's files. With `sees_links` /sys shows the namespace's links, and
-        those files all the same.
+        environment but for TMPDIR: what it leaves there is removed when it has ended, as SGLang's processes leave a
+        dozen files when they are killed.
+
+        The namespace is entered by `nsenter --net`, which unlike `ip netns exec` leaves the mounts alone: SGLang sizes
+        its pools by the control group's files. With `sees_links` /sys shows the namespace's links, and those files all
+        the same.
         """
         if namespace is not None:
             view = ["unshare", "--mount", "sh", "-c", _SYSFS_OF_THE_NAMESPACE, "sh"] if sees_links else []
             command = ["nsenter", f"--net=/var/run/netns/{namespace}", *view, *command]
+        temporary = Path(tempfile.mkdtemp(prefix=f"{self._state.name}-{name}-"))
+        self._state.add_directory(temporary)
         self._log_dir.mkdir(parents=True, exist_ok=True)
         log_path = self._log_dir / f"{name}.log"
         with log_path.open("wb") as log:
             popen = subprocess.Popen(
                 command,
-                env=None if env is None else dict(env),
+                env={**(os.environ if env is None else env), "TMPDIR": str(temporary)},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -130,7 +138,7 @@ class Processes:
                 # whatever its threads' nice values.
                 process_group=0,
             )
-        process = Process(name, tuple(command), log_path, popen, stage)
+        process = Process(name, tuple(command), log_path, popen, temporary, stage)
         self._started.append(process)
         self._state.add_process(popen.pid, name)
         return process
@@ -158,6 +166,7 @@ class Processes:
         stop_groups([process.pid for process in processes], grace_s=grace_s)
         for process in processes:
             process.popen.wait(timeout=10.0)
+            shutil.rmtree(process.temporary, ignore_errors=True)
             if process in self._started:
                 self._started.remove(process)
 

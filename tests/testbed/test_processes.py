@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,6 +54,17 @@ def test_a_frozen_process_is_ended_too(processes: Processes) -> None:
     process.signal(signal.SIGSTOP)
     processes.close(grace_s=5.0)
     assert process.popen.returncode == -signal.SIGTERM
+
+
+def test_what_a_process_leaves_in_its_temporary_directory_goes_with_it(processes: Processes) -> None:
+    leaves = "import tempfile, time; print(tempfile.mkdtemp(), flush=True); time.sleep(60)"
+    process = processes.start("untidy", [sys.executable, "-c", leaves])
+    wait_until(lambda: process.log().endswith("\n"), [process], what="it has left something", deadline_s=20)
+    left = Path(process.log().strip())
+    assert left.is_dir()
+    assert left.parent.parent == Path(tempfile.gettempdir())
+    processes.stop(process)
+    assert not left.parent.exists()
 
 
 def test_processes_end_in_reverse_order(processes: Processes, tmp_path: Path) -> None:
