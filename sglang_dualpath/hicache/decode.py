@@ -6,8 +6,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from sglang.srt.mem_cache.base_prefix_cache import CacheRequestOutcome, MatchPrefixParams
 from sglang.srt.mem_cache.common import _req_radix_key
@@ -17,6 +16,7 @@ from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang_dualpath import metrics
 from sglang_dualpath.hicache.controller import DualPathCacheController
 from sglang_dualpath.hicache.ranks import Ranks, SoleRank
+from sglang_dualpath.hicache.tracked import HostLock, Tracked
 from sglang_dualpath.reader.decode import Answer, DecodeRead, DecodeReads, Standing
 from sglang_dualpath.reader.prefetch import Prefetch
 
@@ -26,31 +26,6 @@ logger = logging.getLogger(__name__)
 _PARK_S = 0.05
 # Page hashes known to be in storage, so that they are not written back; 64 bytes of text each.
 _REMEMBERED_HASHES = 200_000
-
-
-class HostLock(NamedTuple):
-    """A host lock on a tree node and its ancestors, with what releases it."""
-
-    node: Any
-    receipt: Any
-
-
-@dataclass(eq=False)
-class Tracked:
-    """A request from its acceptance until nothing of its read touches host memory, on any rank.
-
-    Its fields change in the same iteration on every rank.
-    """
-
-    read: DecodeRead
-    req: Any
-    """None once the request has left."""
-    receiver: Any
-    """No other sample in the same room has it."""
-    held: HostLock | None
-    """The lock on what HELLO named."""
-    asks: bool = True
-    """SGLang is to be asked for a prefetch when there is an offer."""
 
 
 class DecodePath:
@@ -112,6 +87,7 @@ class DecodePath:
     def tick(self) -> None:
         """Agree on what has become of the reads: start prefetches for offers, and release what ended reads held.
 
+        Prefetches start in the order of the offers: one that has to wait for others to end lets no younger one pass.
         Only what was agreed counts here. A read that ends on this rank meanwhile brings nothing, which SGLang's own
         reduction over the ranks allows for.
         """
@@ -119,15 +95,17 @@ class DecodePath:
         if not tracked:
             return
         here = [self.reads.standing(one.read) for one in tracked]
-        everywhere = iter(self.ranks.least([value for standing in here for value in standing]))
-        for one, mine in zip(tracked, here, strict=True):
-            standing = Standing(*(next(everywhere) for _ in mine))
-            if one.asks and standing.answer != Answer.LATER:
+        agreed = iter(self.ranks.least([value for standing in here for value in standing]))
+        everywhere = [(one, Standing(*(next(agreed) for _ in mine))) for one, mine in zip(tracked, here, strict=True)]
+        is_full = False
+        for one, standing in sorted(everywhere, key=lambda pair: pair[1].order):
+            if one.asks and standing.answer == Answer.NONE:
                 one.asks = False
-                if standing.answer == Answer.OFFER:
-                    self._begin(one, standing)
-                else:
-                    self.reads.withdraw(one.read)
+                self.reads.withdraw(one.read)
+            elif one.asks and standing.answer == Answer.OFFER and not is_full:
+                one.asks = one.is_limited = False
+                self._begin(one, standing)
+            is_full = is_full or (one.asks and one.is_limited)
             if standing.over:
                 del self._tracked[one.read.room]
                 self._by_handle.pop(one.read.handle, None)
@@ -199,6 +177,7 @@ class DecodePath:
         if tree.has_ongoing_prefetch(read.handle):
             self.reads.submitted(read)
         else:
+            tracked.is_limited = True
             self._park(tracked, "prefetch_rate_limited")
 
     # -- what the tree reports ---------------------------------------------------------------------------------------

@@ -94,6 +94,7 @@ class DecodeReads(DecodeState):
                 answer,
                 end_page=offer.storage_end_page if offer is not None else 0,
                 minus_first_page=-offer.first_page if offer is not None else 0,
+                order=read.order,
                 over=int(read.phase is Phase.SETTLED and read.over),
             )
 
@@ -148,6 +149,8 @@ class DecodeReads(DecodeState):
         with self.lock:
             if read.prefetch is None and not prefetch.over:
                 read.prefetch = prefetch
+                if self.reads.get(read.room) is read:
+                    self.reads.move_to_end(read.room)
                 if read.phase is not Phase.SETTLED:
                     read.phase = Phase.READING
                 self._by_prefetch[id(prefetch)] = read

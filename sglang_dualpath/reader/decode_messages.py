@@ -85,6 +85,7 @@ class DecodeMessages:
         target = self._state.sessions.complete(read.endpoint, offer.target)
         read.offer = msgspec.structs.replace(offer, target=target)
         read.phase = Phase.OFFERED
+        read.order = next(self._state.offers)
         read.memory_left = max(0, min(len(read.held_slots), offer.end_page) - offer.first_page)
         metrics.OFFERS.add(outcome="got")
         self._state.pump()

@@ -32,6 +32,10 @@ class Answer(enum.IntEnum):
     OFFER = 2
 
 
+NOT_OFFERED = 1 << 62
+"""More offers than ever come."""
+
+
 class Standing(NamedTuple):
     """What one rank knows of a read. All ranks act on the least of each, so that they prefetch the same or nothing."""
 
@@ -41,6 +45,8 @@ class Standing(NamedTuple):
     """End of the offered pages that are in storage."""
     minus_first_page: int
     """The first offered page, negative: the least over the ranks is where the last of them begins."""
+    order: int
+    """Offers that came before its own, :data:`NOT_OFFERED` without one."""
     over: int
     """1 when nothing of the read will touch host memory any more."""
 
@@ -101,6 +107,8 @@ class DecodeRead:
     """When its prefill engine last said anything, or was asked first; infinite before that."""
     phase: Phase = Phase.GREETING
     offer: Offer | None = None
+    order: int = NOT_OFFERED
+    """Offers that this engine got before."""
     prefetch: Prefetch | None = None
     ended: str | None = None
     """Why no more is claimed; None while more may be. What was granted before may still be on its way."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -50,10 +51,16 @@ class DecodeState:
     hop_rate: Rate = field(default_factory=Rate)
     lock: threading.Condition = field(default_factory=threading.Condition)
     reads: OrderedDict[int, DecodeRead] = field(default_factory=OrderedDict)
+    """By room; those that were opened in the order in which SGLang waits for them, which is that of their opening.
+
+    Prefill engines offer in the order in which they wait themselves, so both engines read the same one first. A read
+    that had to wait for room in the host pool is thus younger than one that was accepted later and did not.
+    """
     in_hand: set[tuple[str | None, int]] = field(default_factory=set)
     """Claims, by endpoint and claim id, whose last word this engine owes."""
     draining: list[Withheld] = field(default_factory=list)
     sessions: Sessions = field(default_factory=Sessions)
+    offers: Iterator[int] = field(default_factory=itertools.count)
     stopped: bool = False
     _requests: int = 0
 

@@ -19,7 +19,7 @@ _FIRST_CHUNK_BYTES = 2 << 20
 
 
 class ClaimPump:
-    """Oldest read first, within three bounds.
+    """The read that was opened first claims first, within three bounds.
 
     * ``claims_in_flight`` claims are asked for, wait for the reader or are being read, because a lease runs while a
       chunk waits. Those that a prefill engine has not answered for a lease do not count: a frozen one must not stop

@@ -57,6 +57,8 @@ class Tree:
     locks: Counter[Any] = field(default_factory=Counter)
     ongoing: dict[Any, Operation] = field(default_factory=dict)
     finished: list[Any] = field(default_factory=list)
+    most_at_once: int = 99
+    """SGLang refuses to prefetch for more requests."""
     ongoing_write_through: dict[int, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -113,6 +115,8 @@ class Tree:
     def prefetch_from_storage(
         self, handle: Any, *args: Any, matched_prefix_tokens: Sequence[int], storage_hit_end: int, **kwargs: Any
     ) -> None:
+        if len(self.ongoing) >= self.most_at_once:
+            return
         first, end = len(matched_prefix_tokens) // PAGE_TOKENS, storage_hit_end // PAGE_TOKENS
         indices = self.pool.pages.indices(self.pool.alloc(end - first))
         self.ongoing[handle] = Operation(handle, first * PAGE_TOKENS, hashes(first, end), indices)
@@ -209,10 +213,22 @@ class DecodeNode:
 
     def serve(self, room: int, first_page: int, pages: int) -> None:
         """Grant the oldest claim ``pages`` pages, which are read and pushed at once, and refuse the others for good."""
-        answered, *others = self.reads.reads[room].requested
-        self.hear(Grant(room, 0, answered, answered, first_page, tuple(range(pages)), False, CONFIG.lease_s))
+        others = list(self.reads.reads[room].requested)[1:]
+        self._grant(room, first_page, pages)
         for other in others:
             self.hear(Refuse(room, 0, other, "met", False))
+        self._carry(pages)
+
+    def bring(self, room: int, first_page: int, pages: int) -> None:
+        """The same, but the others stay unanswered."""
+        self._grant(room, first_page, pages)
+        self._carry(pages)
+
+    def _grant(self, room: int, first_page: int, pages: int) -> None:
+        oldest = next(iter(self.reads.reads[room].requested))
+        self.hear(Grant(room, 0, oldest, oldest, first_page, tuple(range(pages)), False, CONFIG.lease_s))
+
+    def _carry(self, pages: int) -> None:
         chunk = self.reads.carriage.next_chunk(0)
         assert chunk is not None
         self.reads.carriage.was_read(chunk, pages, 0.001)

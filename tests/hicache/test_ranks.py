@@ -12,8 +12,8 @@ from tests.hicache.decode_side import DecodeNode, hashes
 from tests.reader.host import PAGE_TOKENS
 
 ROOM = 1
-OFFERED = Standing(Answer.OFFER, end_page=8, minus_first_page=0, over=0)
-OVER = Standing(Answer.NONE, end_page=0, minus_first_page=0, over=1)
+OFFERED = Standing(Answer.OFFER, end_page=8, minus_first_page=0, order=0, over=0)
+OVER = Standing(Answer.NONE, end_page=0, minus_first_page=0, order=0, over=1)
 
 
 class Other:
