@@ -156,6 +156,8 @@ SEAMS: tuple[Seam, ...] = (
          "looked at: do they tell the store whose they are?", _HANDLE),
     Seam(_SRT + "mem_cache.hicache_storage.HiCacheStorage.batch_exists", "store's hit query",
          "the same, where the store is told whose hits it asks for", _BACKEND, ("keys", "extra_info")),
+    Seam(_CONTROLLER + ".allocate_storage_hit", "host pages of a prefetch", "waits for all of them at decode", _PARKING,
+         ("operation", "hit_tokens", "allow_partial")),
     Seam(_CONTROLLER + ".prefetch_rate_limited", "prefetch rate limit", "parks what is declined for now", _PARKING),
     Seam(_CONTROLLER + ".parse_storage_backend_extra_config", "store settings", "reads them as SGLang does",
          _WITH_OURS, ("storage_backend_extra_config",)),

@@ -52,6 +52,9 @@ class StoragePath(Protocol):
     def written_back(self, pages: int) -> None:
         """So many pages were handed to storage."""
 
+    def waits_for_room(self) -> bool:
+        """A prefetch that finds host pages for a part of it alone is to be given none. On the scheduler thread."""
+
 
 class DualPathCacheController(HybridCacheController):
     """Acts as stock until :meth:`use` names a read path."""
@@ -75,6 +78,16 @@ class DualPathCacheController(HybridCacheController):
         self.page_set_func = self._set_pages
         if _STORE_IS_TOLD:
             self.storage_backend.batch_exists = functools.partial(self._hits, self.storage_backend.batch_exists)
+
+    def allocate_storage_hit(
+        self, operation: Any, hit_tokens: int, *, allow_partial: bool, **options: Any
+    ) -> tuple[torch.Tensor | None, int]:
+        if allow_partial and self._dualpath is not None and self._dualpath.waits_for_room():
+            allow_partial = False
+        allocated: tuple[torch.Tensor | None, int] = super().allocate_storage_hit(
+            operation, hit_tokens, allow_partial=allow_partial, **options
+        )
+        return allocated
 
     def read_pages(self, operation: Any, first: int, indices: torch.Tensor) -> int:
         """Read the operation's pages from index ``first`` on out of storage into token ``indices``; any thread.

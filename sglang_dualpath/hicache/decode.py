@@ -87,7 +87,7 @@ class DecodePath:
     def tick(self) -> None:
         """Agree on what has become of the reads: start prefetches for offers, and release what ended reads held.
 
-        Prefetches start in the order of the offers: one that has to wait for others to end lets no younger one pass.
+        Prefetches start in the order of the offers: one that has to wait for room lets no younger one pass.
         Only what was agreed counts here. A read that ends on this rank meanwhile brings nothing, which SGLang's own
         reduction over the ranks allows for.
         """
@@ -103,9 +103,9 @@ class DecodePath:
                 one.asks = False
                 self.reads.withdraw(one.read)
             elif one.asks and standing.answer == Answer.OFFER and not is_full:
-                one.asks = one.is_limited = False
+                one.asks = one.is_parked = False
                 self._begin(one, standing)
-            is_full = is_full or (one.asks and one.is_limited)
+            is_full = is_full or (one.asks and one.is_parked)
             if standing.over:
                 del self._tracked[one.read.room]
                 self._by_handle.pop(one.read.handle, None)
@@ -177,7 +177,6 @@ class DecodePath:
         if tree.has_ongoing_prefetch(read.handle):
             self.reads.submitted(read)
         else:
-            tracked.is_limited = True
             self._park(tracked, "prefetch_rate_limited")
 
     # -- what the tree reports ---------------------------------------------------------------------------------------
@@ -220,7 +219,7 @@ class DecodePath:
             self._park(tracked, "host_pool_full")
 
     def _park(self, tracked: Tracked, reason: str) -> None:
-        tracked.asks = True
+        tracked.asks = tracked.is_parked = True
         self.reads.parked(tracked.read, _PARK_S, reason)
 
     def inserted(self, handle: Any) -> None:
@@ -275,6 +274,11 @@ class DecodePath:
 
     def written_back(self, pages: int) -> None:
         metrics.WRITTEN_BACK_BYTES.add(pages * self.reads.pages.page_bytes)
+
+    def waits_for_room(self) -> bool:
+        # Prefetches under way give back the host pages of what their prefill engines read, about half. One that began
+        # with a part would have nothing to read when that is done, while its prefill engine reads the rest alone.
+        return len(self._tree.ongoing_prefetch) > 1
 
     def forget(self) -> None:
         """The pools and the tree were cleared, and every lock with them."""

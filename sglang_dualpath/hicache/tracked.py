@@ -31,5 +31,5 @@ class Tracked:
     """The lock on what HELLO named."""
     asks: bool = True
     """SGLang is to be asked for a prefetch when there is an offer."""
-    is_limited: bool = False
-    """It was when SGLang had as many prefetches as it lets be that this one was refused last."""
+    is_parked: bool = False
+    """SGLang had no room for its prefetch when it was asked last."""

@@ -72,6 +72,10 @@ class Tree:
         self.device_tail = False
         """The match ends in a node that is in device memory alone."""
 
+    @property
+    def ongoing_prefetch(self) -> dict[Any, Operation]:
+        return self.ongoing
+
     lock_host = DualPathDecodeTree.lock_host
     unlock_host = DualPathDecodeTree.unlock_host
 

@@ -24,8 +24,14 @@ PAGE_TOKENS = 4
 class Path:
     """Two pages more than storage has, for the request "ours"."""
 
+    def __init__(self, *, waits: bool = False) -> None:
+        self._waits = waits
+
     def extend_hit(self, handle: Any, hashes: list[str], stored: int) -> int:
         return min(len(hashes), stored + 2) if handle == "ours" else stored
+
+    def waits_for_room(self) -> bool:
+        return self._waits
 
 
 class Store:
@@ -165,3 +171,21 @@ def test_without_a_path_the_hits_are_the_store_s(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(HybridCacheController, "_storage_hit_query", lambda self, operation: (HASHES[:1], PAGE_TOKENS))
     operation = SimpleNamespace(handle="ours", all_hash_values=HASHES, assume_stored=False, pool_transfers=None)
     assert controller(HitQueryingCacheController, None)._storage_hit_query(operation) == (HASHES[:1], PAGE_TOKENS)
+
+
+@pytest.mark.parametrize(("path", "got"), [(None, 8), (Path(), 8), (Path(waits=True), None)])
+def test_a_prefetch_gets_a_part_of_its_host_pages_unless_its_path_waits_for_all(
+    monkeypatch: pytest.MonkeyPatch, path: Path | None, got: int | None
+) -> None:
+    ours = controller(DualPathCacheController, path)
+    pool = SimpleNamespace(available_size=lambda: 10, anchor_entry=SimpleNamespace(host_pool=None))
+    monkeypatch.setattr(ours, "mem_pool_host", pool, raising=False)
+    monkeypatch.setattr(
+        ours, "alloc_prefetch_host_buffers", lambda operation, tokens: torch.arange(tokens) if tokens <= 10 else None
+    )
+    evicted: list[int] = []
+    pages, _ = ours.allocate_storage_hit(
+        operation_of("ours", 16), 16, allow_partial=True, min_tokens=PAGE_TOKENS, evict_host=evicted.append
+    )
+    assert evicted == [16]
+    assert (None if pages is None else len(pages)) == got

@@ -89,16 +89,29 @@ def test_one_that_leaves_while_it_waits_holds_nobody_up(node: DecodeNode) -> Non
     assert started(node) == ["1"]
 
 
-def test_one_for_which_host_memory_is_too_small_now_holds_nobody_up(node: DecodeNode, clock: Clock) -> None:
-    for room in (3, 2, 1):
+def test_one_for_which_host_memory_is_too_small_now_lets_no_younger_one_pass(node: DecodeNode, clock: Clock) -> None:
+    for room in (3, 2):
         node.make_offer(room, pages=4)
     node.path.tick()
-    assert started(node) == ["3", "2"]
-    clock.now_s += A_WHILE_S
     end(node, "3")
     node.path.revoked("3")
+    node.make_offer(1, pages=4)
     node.path.tick()
-    assert started(node) == ["2", "1"]
+    assert started(node) == ["2"]
+    clock.now_s += A_WHILE_S
+    node.path.tick()
+    assert started(node) == ["2", "3"]
+
+
+def test_one_waits_for_all_of_its_host_pages_while_another_may_give_some_back(node: DecodeNode) -> None:
+    node.make_offer(1, pages=4)
+    node.path.tick()
+    assert not node.path.waits_for_room(), "nobody else gives anything back"
+    node.make_offer(2, pages=4)
+    node.path.tick()
+    assert node.path.waits_for_room()
+    end(node, "1")
+    assert not node.path.waits_for_room()
 
 
 class Other:
