@@ -130,11 +130,12 @@ def test_down_removes_what_a_killed_up_has_left(owner: Owner) -> None:
     process.kill()
     process.wait()
     run = only_run()
-    (directory,) = run.directories
-    assert Path(directory).exists()
+    directories = [Path(one) for one in run.directories]
+    assert len(directories) == 2, "its own, and the temporary one of its server"
+    assert all(one.exists() for one in directories)
     command("down")
     wait_until_gone(run.processes[0][0])
-    assert not Path(directory).exists()
+    assert not any(one.exists() for one in directories)
     assert list(recorded_runs()) == []
 
 
