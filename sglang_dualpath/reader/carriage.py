@@ -20,7 +20,7 @@ class Carriage:
         self._state = state
 
     def next_chunk(self, timeout_s: float, *, memory_only: bool = False) -> Chunk | None:
-        """The next granted chunk, those held in memory first, then oldest read first; waits up to ``timeout_s``."""
+        """The next granted chunk, those held in memory first, then as opened; waits up to ``timeout_s``."""
         with self._state.lock:
             chunk = self._take_chunk(memory_only)
             if chunk is None and not self._state.stopped:

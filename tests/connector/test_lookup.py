@@ -15,21 +15,12 @@ from aiohttp import web
 
 from sglang_dualpath.connector import directory
 from sglang_dualpath.connector.directory import EndpointLookup
+from tests.clock import Clock
 from tests.connector.bootstrap import ENDPOINT, ROUTE, Bootstrap, engine, put
 from tests.connector.conftest import Serve
 
 # A connection that was accepted while the test's own aiohttp server shut down is found by the garbage collector only.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
-
-class Clock:
-    """Time that stands still."""
-
-    def __init__(self) -> None:
-        self.now_s = 100.0
-
-    def __call__(self) -> float:
-        return self.now_s
 
 
 @pytest.fixture

@@ -7,16 +7,10 @@ from collections.abc import Sequence
 import pytest
 
 from sglang_dualpath.reader.decode import Standing
+from tests.clock import Clock
 from tests.hicache.decode_side import DecodeNode
 
 A_WHILE_S = 1.0  # longer than one that was refused waits until it is asked for again: 50 ms
-
-
-class Clock:
-    now_s = 100.0
-
-    def __call__(self) -> float:
-        return self.now_s
 
 
 @pytest.fixture
