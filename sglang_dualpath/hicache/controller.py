@@ -80,14 +80,27 @@ class DualPathCacheController(HybridCacheController):
             self.storage_backend.batch_exists = functools.partial(self._hits, self.storage_backend.batch_exists)
 
     def allocate_storage_hit(
-        self, operation: Any, hit_tokens: int, *, allow_partial: bool, **options: Any
+        self,
+        operation: Any,
+        hit_tokens: int,
+        *,
+        allow_partial: bool,
+        evict_host: Callable[[int], int],
+        **options: Any,
     ) -> tuple[torch.Tensor | None, int]:
         if allow_partial and self._dualpath is not None and self._dualpath.waits_for_room():
             allow_partial = False
+            # Asked again and again until there is room: evicting all that it wants each time would empty the cache.
+            evict_host = functools.partial(self._evict_missing, evict_host, hit_tokens)
         allocated: tuple[torch.Tensor | None, int] = super().allocate_storage_hit(
-            operation, hit_tokens, allow_partial=allow_partial, **options
+            operation, hit_tokens, allow_partial=allow_partial, evict_host=evict_host, **options
         )
         return allocated
+
+    def _evict_missing(self, evict_host: Callable[[int], int], wanted: int, tokens: int) -> int:
+        missing = wanted - self.mem_pool_host.available_size()
+        # With room here, another of the model's pools is full, and only SGLang knows how much is missing there.
+        return evict_host(missing if missing > 0 else tokens)
 
     def read_pages(self, operation: Any, first: int, indices: torch.Tensor) -> int:
         """Read the operation's pages from index ``first`` on out of storage into token ``indices``; any thread.
