@@ -57,7 +57,8 @@ def markdown(result: Result, plots: tuple[str, ...] = ()) -> str:
 def _how_often(result: Result) -> str:
     settings = result.settings
     if settings.mode == "online":
-        return f"{settings.trial_steps} trials of each system, each of {settings.passes} waves of agents."
+        waves = "1 wave" if settings.passes == 1 else f"up to {settings.passes} waves"
+        return f"{settings.trial_steps} trials of each system, each of {waves} of agents."
     times = "repetition" if settings.repetitions == 1 else "repetitions"
     how = "systems measured in runs of their own" if result.measured_apart else "systems in turns"
     return f"{settings.repetitions} {times}, {how}, medians, 95 % bootstrap intervals."

@@ -30,6 +30,12 @@ def judged(agents_per_s: float, records: Sequence[Record], slo: Slo) -> Trial:
     return Trial(agents_per_s, share, share >= slo.share, latencies(records), list(records))
 
 
+def can_hold(records: Sequence[Record], requests: int, slo: Slo) -> bool:
+    """Whether a trial of so many requests, of which these have been played, might still hold."""
+    kept = round(len(records) * share_within(records, slo))
+    return (kept + requests - len(records)) / requests >= slo.share
+
+
 def share_within(records: Sequence[Record], slo: Slo) -> float:
     """Share of requests that kept both; a failed request kept neither. 0 of no requests."""
     kept = [

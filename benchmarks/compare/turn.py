@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from benchmarks.compare.sampler import busy_span_s
 from benchmarks.compare.schema import Repetition, Samples, Settings, Sustained, Trial
-from benchmarks.compare.sustained import judged, search
+from benchmarks.compare.sustained import can_hold, judged, search
 from benchmarks.compare.systems import BASE_REQUESTS, policy_of, server_names, warm_up_agent, warm_up_requests
 from benchmarks.compare.targets import Target
 from benchmarks.compare.watch import Seen, Watch, Windows, added
@@ -101,6 +101,8 @@ class Turns:
                     played = play_poisson(self.target.router_url, agents, agents_per_s=agents_per_s, seed=seed)
                     windows_s.append((begin_s, watch.now_s))
                     records += _moved(played, begin_s)
+                    if not can_hold(records, self.settings.passes * self.workload.requests, self.settings.slo):
+                        break  # a low rate takes minutes a wave
             except BaseException:
                 watch.abandon()
                 raise

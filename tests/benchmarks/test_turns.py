@@ -9,13 +9,15 @@ from typing import Any
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from benchmarks.compare import systems
 from benchmarks.compare.presets import PRESETS
 from benchmarks.compare.report import markdown
 from benchmarks.compare.runner import Deployment, run, run_deployed, workload_of
 from benchmarks.compare.schema import Settings, Slo
-from benchmarks.compare.sustained import judged, search, share_within
+from benchmarks.compare.sustained import can_hold, judged, search, share_within
 from benchmarks.compare.targets import TestbedTarget
 from benchmarks.compare.turn import storage_readers
 from benchmarks.load.measures import Record
@@ -209,6 +211,29 @@ def test_a_failed_request_keeps_no_objective() -> None:
     lost = Record(0, 0, 0.0, error="lost")
     assert share_within([answered(1.0), lost, answered(9.0), answered(1.0)], Slo(ttft_s=5.0)) == 0.5
     assert share_within([], Slo()) == 0.0
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=60), st.sampled_from([0.5, 0.9, 0.99, 1.0]), st.data())
+def test_a_trial_is_ended_early_exactly_when_no_rest_of_it_could_hold(
+    kept: list[bool], share: float, data: st.DataObject
+) -> None:
+    slo = Slo(ttft_s=5.0, share=share)
+    played = data.draw(st.integers(0, len(kept)))
+    records = [answered(1.0 if one else 9.0) for one in kept]
+    best = records[:played] + [answered(1.0)] * (len(kept) - played)
+    assert can_hold(records[:played], len(kept), slo) == judged(1.0, best, slo).sustained
+    if not can_hold(records[:played], len(kept), slo):
+        assert not judged(1.0, records, slo).sustained
+        assert not judged(1.0, records[:played], slo).sustained
+
+
+def test_a_trial_that_cannot_hold_any_more_plays_no_more_waves(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    never = {"mode": "online", "rounds": 1, "repetitions": 1, "trial_steps": 2, "passes": 3, "snic_mbit": 20_000}
+    result = run_small(server, monkeypatch, **never, slo=Slo(ttft_s=0.0))
+    found = result.sustained["dualpath:split"]
+    assert [len(trial.records) for trial in found.trials] == [3, 3]
+    assert (found.agents_per_s, [trial.sustained for trial in found.trials]) == (0.0, [False, False])
+    assert "2 trials of each system, each of up to 3 waves of agents." in markdown(result)
 
 
 def spec_of(system: str, **changes: Any) -> ClusterSpec:
