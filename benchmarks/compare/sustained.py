@@ -32,17 +32,19 @@ def judged(agents_per_s: float, records: Sequence[Record], slo: Slo) -> Trial:
 
 def can_hold(records: Sequence[Record], requests: int, slo: Slo) -> bool:
     """Whether a trial of so many requests, of which these have been played, might still hold."""
-    kept = round(len(records) * share_within(records, slo))
-    return (kept + requests - len(records)) / requests >= slo.share
+    return (_kept(records, slo) + requests - len(records)) / requests >= slo.share
 
 
 def share_within(records: Sequence[Record], slo: Slo) -> float:
     """Share of requests that kept both; a failed request kept neither. 0 of no requests."""
-    kept = [
+    return _kept(records, slo) / len(records) if records else 0.0
+
+
+def _kept(records: Sequence[Record], slo: Slo) -> int:
+    return sum(
         record.error is None
         and record.ttft_s is not None
         and record.ttft_s <= slo.ttft_s
         and (record.tpot_s is None or record.tpot_s <= slo.tpot_s)
         for record in records
-    ]
-    return sum(kept) / len(kept) if kept else 0.0
+    )

@@ -173,28 +173,24 @@ def test_without_a_path_the_hits_are_the_store_s(monkeypatch: pytest.MonkeyPatch
     assert controller(HitQueryingCacheController, None)._storage_hit_query(operation) == (HASHES[:1], PAGE_TOKENS)
 
 
-def with_pool(
-    monkeypatch: pytest.MonkeyPatch, path: Path | None, *, available: int, allocatable: int
-) -> tuple[Any, list[int]]:
-    """A controller whose host pool has so much room, and what was evicted from it, which never makes any."""
+def prefetching(monkeypatch: pytest.MonkeyPatch, path: Path | None, *, available: int) -> Any:
+    """A controller with so much room in its host pool, and room for 10 tokens in the fullest of the model's pools."""
     ours = controller(DualPathCacheController, path)
     pool = SimpleNamespace(available_size=lambda: available, anchor_entry=SimpleNamespace(host_pool=None))
     monkeypatch.setattr(ours, "mem_pool_host", pool, raising=False)
     monkeypatch.setattr(
-        ours,
-        "alloc_prefetch_host_buffers",
-        lambda operation, tokens: torch.arange(tokens) if tokens <= allocatable else None,
+        ours, "alloc_prefetch_host_buffers", lambda operation, tokens: torch.arange(tokens) if tokens <= 10 else None
     )
-    return ours, []
+    return ours
 
 
 @pytest.mark.parametrize(("path", "got"), [(None, 8), (Path(), 8), (Path(waits=True), None)])
 def test_a_prefetch_gets_a_part_of_its_host_pages_unless_its_path_waits_for_all(
     monkeypatch: pytest.MonkeyPatch, path: Path | None, got: int | None
 ) -> None:
-    ours, evicted = with_pool(monkeypatch, path, available=10, allocatable=10)
+    ours = prefetching(monkeypatch, path, available=10)
     pages, _ = ours.allocate_storage_hit(
-        operation_of("ours", 16), 16, allow_partial=True, min_tokens=PAGE_TOKENS, evict_host=evicted.append
+        operation_of("ours", 16), 16, allow_partial=True, min_tokens=PAGE_TOKENS, evict_host=lambda tokens: 0
     )
     assert (None if pages is None else len(pages)) == got
 
@@ -206,15 +202,15 @@ def test_a_prefetch_gets_a_part_of_its_host_pages_unless_its_path_waits_for_all(
         (Path(), 10, 16),
         (Path(waits=True), 10, 6),
         (Path(waits=True), 0, 16),
-        (Path(waits=True), 16, 16),
+        (Path(waits=True), 16, 16),  # another of the model's pools is full
     ],
 )
 def test_a_prefetch_that_waits_for_room_evicts_no_more_than_it_misses(
     monkeypatch: pytest.MonkeyPatch, path: Path | None, available: int, asked: int
 ) -> None:
-    ours, evicted = with_pool(monkeypatch, path, available=available, allocatable=10)
-    for _ in range(2):
-        ours.allocate_storage_hit(
-            operation_of("ours", 16), 16, allow_partial=True, min_tokens=PAGE_TOKENS, evict_host=evicted.append
-        )
-    assert evicted == [asked, asked]
+    ours = prefetching(monkeypatch, path, available=available)
+    evicted: list[int] = []
+    ours.allocate_storage_hit(
+        operation_of("ours", 16), 16, allow_partial=True, min_tokens=PAGE_TOKENS, evict_host=evicted.append
+    )
+    assert evicted == [asked]
